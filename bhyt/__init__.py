@@ -1,0 +1,18 @@
+"""BHyT (Bounded Hyperbolic Tanh): a bounded, statistics-once alternative to RMSNorm and Pre-LN for transformer blocks.
+
+    y = weight * tanh(lam * x / (kappa * sqrt(mean(x^2) + eps)))
+
+`BHyT` is the exact site, `BHyTApprox` the second site of a block, which needs no reduction; `bhyt.functional` has the
+fused ops, `bhyt.reference` the formulas in plain PyTorch. Importing this package registers `torch.ops.bhyt.*`.
+"""
+
+from bhyt import _library
+
+_library.load()
+
+from bhyt import functional, reference  # noqa: E402  (they name the ops just registered)
+from bhyt.gain import attention_gain  # noqa: E402
+from bhyt.modules import BHyT, BHyTApprox  # noqa: E402
+
+__all__ = ["BHyT", "BHyTApprox", "attention_gain", "functional", "reference"]
+__version__ = "0.1.0"

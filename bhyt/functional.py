@@ -1,0 +1,102 @@
+"""The four forward ops, differentiable in every tensor but `variance_offset`.
+
+Shapes: a row is the last dimension, of d elements; `[...]` is any number of leading dimensions.
+Dtypes: rows are float32, float64, float16 or bfloat16. Arithmetic, variances and sums over rows are float32 (float64
+for float64 rows), with one rounding at the end. `weight`, `lam` and `variance_offset` may have any of these dtypes,
+whatever the rows have; nothing is cast before the kernel. Under autocast nothing changes: the output keeps x's dtype.
+Errors: a wrong dtype raises TypeError; a wrong shape, device, kappa or eps ValueError.
+
+Source of the formulas: "Bounded Hyperbolic Tangent: A Stable and Efficient Alternative to Pre-Layer Normalization in
+Large Language Models", arXiv 2601.09719.
+"""
+
+from typing import Optional, Tuple
+
+import torch
+from torch import Tensor
+
+
+def forward(
+    x: Tensor, weight: Optional[Tensor], lam: Tensor, kappa: float = 10.0, eps: float = 1e-6
+) -> Tuple[Tensor, Tensor]:
+    """Exact site: v = mean(x^2), y = weight * tanh(lam * x / (kappa * sqrt(v + eps))).
+
+    Args:
+        x: [..., d], any floating dtype.
+        weight: [d] or None (gain 1).
+        lam: one element.
+        kappa: > 0; by Chebyshev's inequality the argument of tanh stays within [-lam, lam] with probability of at
+            least 1 - 1/kappa^2, whatever the distribution of x.
+        eps: >= 0, added to v.
+
+    Returns:
+        y: [..., d] in x's dtype, |y| <= |weight|.
+        variance: v, [..., 1] float32 (float64 for float64 x), for the approximate site of the same block.
+    """
+    return torch.ops.bhyt.forward(x, weight, lam, kappa, eps)
+
+
+def forward_approx(
+    x: Tensor,
+    variance: Tensor,
+    variance_offset: Optional[Tensor],
+    weight: Optional[Tensor],
+    lam: Tensor,
+    kappa: float = 10.0,
+    eps: float = 1e-6,
+) -> Tensor:
+    """Approximate site: y = weight * tanh(lam * x / (kappa * sqrt(variance + variance_offset + eps))), no reduction.
+
+    Args:
+        x: [..., d], any floating dtype.
+        variance: [..., 1] float32 (float64 for float64 x), as the exact site of the block returned it.
+        variance_offset: one element, or None (0); c * lam1^2 / kappa^2, see `attention_gain`. It gets no gradient.
+        weight, lam, kappa, eps: as for `forward`.
+
+    Returns:
+        y: [..., d] in x's dtype.
+    """
+    return torch.ops.bhyt.forward_approx(x, variance, variance_offset, weight, lam, kappa, eps)
+
+
+def add_forward(
+    x: Tensor, residual: Tensor, weight: Optional[Tensor], lam: Tensor, kappa: float = 10.0, eps: float = 1e-6
+) -> Tuple[Tensor, Tensor, Tensor]:
+    """Residual add fused into an exact site: sum = x + residual, y = site(sum). Bit for bit what the two steps give.
+
+    Args:
+        x: [..., d], the branch to add.
+        residual: [..., d], the stream it is added to, of x's dtype or a wider one (a float32 stream under bfloat16
+            branches).
+        weight, lam, kappa, eps: as for `forward`.
+
+    Returns:
+        y: [..., d] in x's dtype.
+        sum: [..., d] in residual's dtype, the new residual stream.
+        variance: [..., 1], mean(sum^2) of the stored sum; float32 (float64 for a float64 stream).
+    """
+    return torch.ops.bhyt.add_forward(x, residual, weight, lam, kappa, eps)
+
+
+def add_forward_approx(
+    x: Tensor,
+    residual: Tensor,
+    variance: Tensor,
+    variance_offset: Optional[Tensor],
+    weight: Optional[Tensor],
+    lam: Tensor,
+    kappa: float = 10.0,
+    eps: float = 1e-6,
+) -> Tuple[Tensor, Tensor]:
+    """Residual add fused into an approximate site: sum = x + residual, y = site(sum) with the variance given.
+
+    Args:
+        x, residual: as for `add_forward`.
+        variance, variance_offset: as for `forward_approx`.
+        weight, lam, kappa, eps: as for `forward`.
+
+    Returns:
+        y: [..., d] in x's dtype.
+        sum: [..., d] in residual's dtype, the new residual stream.
+    """
+    return torch.ops.bhyt.add_forward_approx(x, residual, variance, variance_offset, weight, lam, kappa, eps)

@@ -1,0 +1,49 @@
+"""c, the gain of an attention branch: what an approximate site knows of its block's attention without looking at it."""
+
+from typing import Optional
+
+import torch
+from torch import Tensor
+
+
+@torch.no_grad()
+def attention_gain(
+    v_weight: Tensor, o_weight: Tensor, seq_len: int, kv_groups: int = 1, *, head_dim: Optional[int] = None
+) -> Tensor:
+    """c = ||W_V W_O||_F^2 / (seq_len * d), so that v' = v + c * lam1^2 / kappa^2 (arXiv 2601.09719).
+
+    With grouped-query attention the values are repeated for the query heads that share them, so W_O's column blocks
+    that read one KV head are summed first. Then ||W_O W_V||_F^2 = sum of (W_V W_V^T) * (W_O^T W_O): no d x d product.
+
+    Args:
+        v_weight: W_V as `v_proj.weight` stores it, [kv_heads * head_dim, d], any floating dtype.
+        o_weight: W_O as `o_proj.weight` stores it, [d, kv_heads * kv_groups * head_dim].
+        seq_len: the sequence length T the model is built for.
+        kv_groups: query heads per KV head (`num_key_value_groups`); 1 without grouped-query attention.
+        head_dim: size of a head; needed when kv_groups > 1, where the columns of o_weight cannot be told apart without.
+
+    Returns:
+        c: a scalar tensor without gradient, on v_weight's device; float32 (float64 for float64 weights).
+
+    Raises:
+        ValueError: shapes that do not fit together, or numbers below 1.
+    """
+    if v_weight.dim() != 2 or o_weight.dim() != 2:
+        raise ValueError(
+            f"expected matrices, got v_weight {list(v_weight.shape)} and o_weight {list(o_weight.shape)}"
+        )
+    if seq_len < 1 or kv_groups < 1:
+        raise ValueError(f"seq_len and kv_groups: expected integers >= 1, got {seq_len} and {kv_groups}")
+    kv_size, d = v_weight.shape
+    if o_weight.shape != (d, kv_groups * kv_size):
+        raise ValueError(
+            f"o_weight: expected [{d}, {kv_groups * kv_size}] for v_weight {list(v_weight.shape)} and"
+            f" {kv_groups} query heads per KV head, got {list(o_weight.shape)}"
+        )
+    dtype = torch.promote_types(v_weight.dtype, torch.float32)
+    values, output = v_weight.to(dtype), o_weight.to(dtype)
+    if kv_groups > 1:
+        if head_dim is None or head_dim < 1 or kv_size % head_dim:
+            raise ValueError(f"head_dim: expected a divisor of {kv_size} when kv_groups > 1, got {head_dim}")
+        output = output.reshape(d, kv_size // head_dim, kv_groups, head_dim).sum(2).reshape(d, kv_size)
+    return ((values @ values.T) * (output.T @ output)).sum() / (seq_len * d)

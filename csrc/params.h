@@ -1,0 +1,65 @@
+// What a kernel is given: raw pointers, sizes and row strides. No torch headers here or below.
+#pragma once
+
+#include <cstdint>
+
+namespace bhyt {
+
+enum class DType : int8_t { f16, bf16, f32, f64 };
+
+// The dtype arithmetic, statistics and sums over rows are done in.
+constexpr DType accumulate_dtype(DType stream) { return stream == DType::f64 ? DType::f64 : DType::f32; }
+
+constexpr int64_t size_of(DType t) { return t == DType::f64 ? 8 : t == DType::f32 ? 4 : 2; }
+
+// Row i starts at data + i * stride (elements); the d elements of a row are adjacent.
+// stride 0 repeats one row; data == nullptr means "not given" or "not wanted".
+struct Rows {
+  const void* data = nullptr;
+  int64_t stride = 0;
+};
+
+// A tensor of one element (lam, variance_offset) or of d elements (weight), read where it lives.
+struct Values {
+  const void* data = nullptr;
+  DType dtype = DType::f32;
+};
+
+// One site, in the names of the formula:  a = lam / (kappa sqrt(v + offset + eps)),  y = weight * tanh(a x).
+// "branch" is the dtype of y (and of an added branch x), "stream" that of the row the statistics belong to;
+// they differ only when a narrow branch is added to a wider residual stream.
+struct SiteParams {
+  int64_t rows = 0;
+  int64_t d = 0;
+  DType branch = DType::f32;
+  DType stream = DType::f32;
+  bool exact = true;  // v is computed from the row; otherwise it is given
+  Values weight;      // [d], optional: gain 1
+  Values lam;         // one element
+  Values offset;      // one element, optional: 0; approximate sites only
+  double kappa = 10.0;
+  double eps = 1e-6;
+};
+
+struct ForwardParams : SiteParams {
+  Rows x;                               // [rows, d] branch; without a residual also the stream
+  Rows residual;                        // [rows, d] stream, optional
+  void* y = nullptr;                    // [rows, d] branch, contiguous
+  void* sum = nullptr;                  // [rows, d] stream, contiguous; with a residual only
+  const void* variance = nullptr;       // [rows] accumulate dtype; approximate sites
+  void* variance_out = nullptr;         // [rows] accumulate dtype; exact sites
+};
+
+struct BackwardParams : SiteParams {
+  Rows grad_y;                          // [rows, d] branch
+  Rows grad_sum;                        // [rows, d] stream, optional
+  Rows x;                               // [rows, d] stream: what the forward took, or its sum
+  const void* variance = nullptr;       // [rows] accumulate dtype
+  const void* grad_variance = nullptr;  // [rows] accumulate dtype, optional; exact sites
+  void* grad_x = nullptr;               // [rows, d] stream, contiguous, optional
+  void* grad_variance_out = nullptr;    // [rows] accumulate dtype, optional; approximate sites
+  void* grad_weight = nullptr;          // [d] weight.dtype, optional
+  void* grad_lam = nullptr;             // one element of lam.dtype, optional
+};
+
+}  // namespace bhyt

@@ -1,0 +1,70 @@
+"""Builds the op library `bhyt/_ops`, for the torch in this environment.
+
+BHYT_CUDA=1 demands the CUDA kernels, BHYT_CUDA=0 leaves them out; unset, they are built when nvcc is found, whether or
+not a GPU is visible. MAX_JOBS bounds parallel compilation.
+"""
+
+import os
+import shutil
+import sys
+from pathlib import Path
+
+import torch
+from setuptools import setup
+from torch.utils.cpp_extension import BuildExtension, CppExtension
+
+ROOT = Path(__file__).parent
+# A translation unit with torch headers takes up to 1 GB to compile: four at a time stay within 4 GB.
+os.environ.setdefault("MAX_JOBS", str(min(4, os.cpu_count() or 1)))
+# Real machine code for each generation, and PTX of the newest for those to come.
+CUDA_ARCHS = ("80", "90", "100", "120")
+
+
+def cuda_home():
+    """The toolkit to build with, or None for a CPU build."""
+    wanted = os.environ.get("BHYT_CUDA", "")
+    if wanted == "0":
+        return None
+    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
+    if not home:
+        nvcc = shutil.which("nvcc")
+        # A wrapper script on the path need not sit in the toolkit's own folder.
+        candidates = [Path(nvcc).resolve().parent.parent] if nvcc else []
+        candidates.append(Path("/usr/local/cuda"))
+        home = next((c for c in candidates if (c / "bin" / "nvcc").exists() and (c / "include").exists()), None)
+    if home and (Path(home) / "bin" / "nvcc").exists():
+        return str(home)
+    if wanted == "1":
+        sys.exit("bhyt: BHYT_CUDA=1 asks for the CUDA kernels, but nvcc was not found: set CUDA_HOME")
+    print("bhyt: nvcc not found, building for the CPU only", file=sys.stderr)
+    return None
+
+
+def extension():
+    sources = sorted(str(p.relative_to(ROOT)) for folder in ("csrc", "csrc/cpu") for p in ROOT.glob(f"{folder}/*.cpp"))
+    # -fopenmp only when compiling: at::parallel_for then uses the OpenMP runtime that torch has loaded, and no second
+    # one is linked. -ffp-contract=off: the same arithmetic from every compiler.
+    compile_args = ["-O3", "-fopenmp", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math",
+                    "-fvisibility=hidden", "-Wall", "-Wno-unknown-pragmas"]
+    return CppExtension("bhyt._ops", sources, include_dirs=[str(ROOT / "csrc")], py_limited_api=True,
+                        extra_compile_args={"cxx": compile_args})
+
+
+class Build(BuildExtension):
+    """Also writes what the library was built for, which `import bhyt` compares with what is running."""
+
+    def run(self):
+        super().run()
+        folder = ROOT / "bhyt" if self.inplace else Path(self.build_lib) / "bhyt"
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "_built_for.py").write_text(f'TORCH = "{torch.__version__}"\n')
+
+
+major, minor = torch.__version__.split(".")[:2]
+setup(
+    packages=["bhyt"],
+    ext_modules=[extension()],
+    cmdclass={"build_ext": Build.with_options(use_ninja=True)},
+    options={"bdist_wheel": {"py_limited_api": "cp310"}},
+    install_requires=[f"torch=={major}.{minor}.*"],
+)
