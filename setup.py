@@ -45,7 +45,7 @@ def extension():
     # -fopenmp only when compiling: at::parallel_for then uses the OpenMP runtime that torch has loaded, and no second
     # one is linked. -ffp-contract=off: the same arithmetic from every compiler.
     compile_args = ["-O3", "-fopenmp", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math",
-                    "-fvisibility=hidden", "-Wall", "-Wno-unknown-pragmas"]
+                    "-fvisibility=hidden", "-Wall", "-Wno-unknown-pragmas", "-Wno-psabi", "-Wno-maybe-uninitialized"]
     return CppExtension("bhyt._ops", sources, include_dirs=[str(ROOT / "csrc")], py_limited_api=True,
                         extra_compile_args={"cxx": compile_args})
 

@@ -1,0 +1,82 @@
+// The CPU key: threads and scratch memory around the row kernels.
+#include <ATen/Parallel.h>
+#include <ATen/Version.h>
+#include <torch/library.h>
+
+#include <memory>
+
+#include "binding.h"
+#include "cpu/kernels.h"
+
+namespace bhyt {
+namespace {
+
+const cpu::Kernels& kernels() {
+  static const cpu::Kernels& table = cpu::kernels_for(at::get_cpu_capability().c_str());
+  return table;
+}
+
+// Below this many elements a second thread costs more than it saves.
+constexpr int64_t kElementsPerThread = 16384;
+
+int64_t rows_per_task(int64_t d) { return std::max<int64_t>(1, kElementsPerThread / std::max<int64_t>(1, d)); }
+
+// The gain in the accumulate dtype: as it is when it has that dtype, else widened once for all rows.
+class WideWeight {
+ public:
+  explicit WideWeight(const SiteParams& p) : data_(p.weight.data) {
+    const DType wanted = accumulate_dtype(p.stream);
+    if (data_ == nullptr || p.weight.dtype == wanted) return;
+    copy_.reset(new char[p.d * size_of(wanted)]);
+    kernels().widen(p.weight, p.stream, p.d, copy_.get());
+    data_ = copy_.get();
+  }
+  const void* data() const { return data_; }
+
+ private:
+  const void* data_;
+  std::unique_ptr<char[]> copy_;
+};
+
+void run_forward(const ForwardParams& p, const Tensor&) {
+  const WideWeight weight(p);
+  at::parallel_for(0, p.rows, rows_per_task(p.d),
+                   [&](int64_t begin, int64_t end) { kernels().forward(p, weight.data(), begin, end); });
+}
+
+void run_backward(const BackwardParams& p, const Tensor& x) {
+  const WideWeight weight(p);
+  const auto chunks = cpu::chunks_of(p.rows);
+  const auto accumulate = x.options().dtype(checks::accumulate_type(x.scalar_type()));
+  Tensor weight_partials, lam_partials;
+  cpu::Partials partials;
+  if (p.grad_weight)
+    partials.weight = (weight_partials = at::empty({chunks.count, p.d}, accumulate)).mutable_data_ptr();
+  if (p.grad_lam) partials.lam = (lam_partials = at::empty({chunks.count}, at::kDouble)).mutable_data_ptr();
+
+  const int64_t chunks_per_task = (rows_per_task(p.d) + chunks.rows_per_chunk - 1) / chunks.rows_per_chunk;
+  at::parallel_for(0, chunks.count, chunks_per_task, [&](int64_t begin, int64_t end) {
+    kernels().backward(p, weight.data(), partials, begin, end);
+  });
+  if (p.grad_weight) {
+    const int64_t columns_per_task = std::max<int64_t>(256, kElementsPerThread / std::max<int64_t>(1, chunks.count));
+    at::parallel_for(0, p.d, columns_per_task,
+                     [&](int64_t begin, int64_t end) { kernels().sum_weight(p, partials, begin, end); });
+  }
+  if (p.grad_lam) kernels().sum_lam(p, partials);
+}
+
+using Ops = DeviceOps<run_forward, run_backward>;
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(bhyt, CPU, m) {
+  m.impl("forward", Ops::forward);
+  m.impl("forward_approx", Ops::forward_approx);
+  m.impl("add_forward", Ops::add_forward);
+  m.impl("add_forward_approx", Ops::add_forward_approx);
+  m.impl("backward", Ops::backward);
+  m.impl("backward_approx", Ops::backward_approx);
+}
+
+}  // namespace bhyt

@@ -1,0 +1,46 @@
+// The CPU kernel layer as its binding sees it: one table of functions per instruction set. No torch headers.
+#pragma once
+
+#include <cstdint>
+
+#include "params.h"
+
+namespace bhyt::cpu {
+
+// Rows of a backward are worked in fixed chunks: partial sums for grad_weight and grad_lam are per chunk and added in
+// chunk order, so that neither depends on the number of threads.
+struct Chunks {
+  int64_t rows_per_chunk;
+  int64_t count;
+};
+
+// At most 256 chunks bound the partials at 1 KB x d; at least 8 rows keep a partial row's own traffic, one write and
+// one read, under a tenth of the rows'.
+constexpr Chunks chunks_of(int64_t rows) {
+  const int64_t per_chunk = rows <= 8 * 256 ? 8 : (rows + 255) / 256;
+  return {per_chunk, (rows + per_chunk - 1) / per_chunk};
+}
+
+// What a backward needs besides its params: [count, d] and [count], accumulate dtype; null when not wanted.
+struct Partials {
+  void* weight = nullptr;
+  void* lam = nullptr;
+};
+
+struct Kernels {
+  const char* name;
+  // weight [d] in the accumulate dtype, or null. Rows [begin, end).
+  void (*forward)(const ForwardParams&, const void* weight, int64_t begin, int64_t end);
+  // Chunks [begin, end).
+  void (*backward)(const BackwardParams&, const void* weight, const Partials&, int64_t begin, int64_t end);
+  // Columns [begin, end) of grad_weight from the partials, in chunk order.
+  void (*sum_weight)(const BackwardParams&, const Partials&, int64_t begin, int64_t end);
+  void (*sum_lam)(const BackwardParams&, const Partials&);
+  // A vector of any dtype in the accumulate dtype of `stream`.
+  void (*widen)(const Values& from, DType stream, int64_t n, void* to);
+};
+
+// capability: what at::get_cpu_capability() says ("AVX512", "AVX2", anything else).
+const Kernels& kernels_for(const char* capability);
+
+}  // namespace bhyt::cpu

@@ -1,0 +1,267 @@
+// Row kernels over a vector type, written once. Included after tanh-inl.h, once per instruction set.
+//
+//   forward     v = mean(x^2) (exact) or given;  a = lam / (kappa sqrt(v + offset + eps));  y = weight tanh(a x)
+//   backward    t = tanh(a x),  g = grad_y weight (1 - t^2),  S = sum_i g_i x_i
+//     exact       grad_x = a g + x (2 grad_v / d - a S / (d (v + eps))) [+ grad_sum]
+//     approximate grad_x = a g [+ grad_sum],  grad_v = -a S / (2 (v + offset + eps))
+//     both        grad_lam = sum over rows of (a / lam) S,  grad_weight = sum over rows of grad_y t
+
+// Whole registers, K at a time, or the first n lanes of one.
+template <int K>
+struct Whole {
+  static constexpr int count = K;
+  template <typename V, typename T>
+  typename V::F load(const T* p, int k) const {
+    return V::load(p + k * V::N);
+  }
+  template <typename V, typename T>
+  void store(T* p, int k, typename V::F x) const {
+    V::store(p + k * V::N, x);
+  }
+};
+
+struct Part {
+  static constexpr int count = 1;
+  int n;
+  template <typename V, typename T>
+  typename V::F load(const T* p, int) const {
+    return V::load_part(p, n);
+  }
+  template <typename V, typename T>
+  void store(T* p, int, typename V::F x) const {
+    V::store_part(p, n, x);
+  }
+};
+
+// body(i, span) over the elements [begin, end), in an order that depends on them alone.
+template <typename V, typename Body>
+inline void sweep(int64_t begin, int64_t end, Body body) {
+  int64_t i = begin;
+  for (; i + 4 * V::N <= end; i += 4 * V::N) body(i, Whole<4>{});
+  for (; i + V::N <= end; i += V::N) body(i, Whole<1>{});
+  if (i < end) body(i, Part{static_cast<int>(end - i)});
+}
+
+// The sum of products over a row: registers over 1024 elements (16 additions deep with 16 lanes), double beyond.
+template <typename V>
+struct RowSum {
+  typename V::F lanes[4];
+  double total = 0;
+
+  void add(int k, typename V::F a, typename V::F b) { lanes[k] = V::fma(a, b, lanes[k]); }
+
+  template <typename Body>
+  void over(int64_t d, Body body) {
+    for (int64_t begin = 0; begin < d; begin += 1024) {
+      for (auto& lane : lanes) lane = V::set1(0);
+      sweep<V>(begin, begin + 1024 < d ? begin + 1024 : d, body);
+      total += V::sum(V::add(V::add(lanes[0], lanes[1]), V::add(lanes[2], lanes[3])));
+    }
+  }
+};
+
+template <typename T>
+inline const T* row_of(const Rows& rows, int64_t i) {
+  return rows.data == nullptr ? nullptr : static_cast<const T*>(rows.data) + i * rows.stride;
+}
+template <typename T>
+inline T* row_of(void* data, int64_t i, int64_t d) {
+  return data == nullptr ? nullptr : static_cast<T*>(data) + i * d;
+}
+
+// X: branch, R: stream, A: accumulate type in memory (weight, variances).
+template <typename V, typename X, typename R, typename A>
+void forward_rows(const ForwardParams& p, const void* weight_data, int64_t begin, int64_t end) {
+  using F = typename V::F;
+  const A* weight = static_cast<const A*>(weight_data);
+  const double lam = read(p.lam), offset = p.offset.data ? read(p.offset) : 0;
+  const bool adds = p.residual.data != nullptr;
+
+  for (int64_t i = begin; i < end; ++i) {
+    const X* x = row_of<X>(p.x, i);
+    const R* residual = row_of<R>(p.residual, i);
+    R* sum = row_of<R>(p.sum, i, p.d);
+    X* y = row_of<X>(p.y, i, p.d);
+
+    // Element k of a span of the stream; with a residual it is added and stored first, and read back as rounded.
+    const auto stream = [&](int64_t j, auto span, int k) {
+      if (!adds) return span.template load<V>(x + j, k);
+      span.template store<V>(sum + j, k, V::add(span.template load<V>(x + j, k), span.template load<V>(residual + j, k)));
+      return span.template load<V>(sum + j, k);
+    };
+    double v;
+    if (p.exact) {
+      RowSum<V> squares;
+      squares.over(p.d, [&](int64_t j, auto span) {
+        for (int k = 0; k < span.count; ++k) {
+          const F s = stream(j, span, k);
+          squares.add(k, s, s);
+        }
+      });
+      A& stored = static_cast<A*>(p.variance_out)[i];
+      stored = static_cast<A>(squares.total / static_cast<double>(p.d));
+      v = stored;  // as rounded: forward_approx with this variance gives the same bits
+    } else {
+      v = static_cast<const A*>(p.variance)[i];
+    }
+    const F a = V::set1(lam / (p.kappa * std::sqrt(v + offset + p.eps)));
+    const auto apply = [&](auto load) {
+      sweep<V>(0, p.d, [&](int64_t j, auto span) {
+        F z[span.count], t[span.count];
+        for (int k = 0; k < span.count; ++k) z[k] = V::mul(a, load(j, span, k));
+        tanh_group<V, X>(z, t);
+        for (int k = 0; k < span.count; ++k)
+          span.template store<V>(y + j, k, weight ? V::mul(t[k], span.template load<V>(weight + j, k)) : t[k]);
+      });
+    };
+    if (!p.exact)
+      apply(stream);
+    else if (adds)
+      apply([&](int64_t j, auto span, int k) { return span.template load<V>(sum + j, k); });
+    else
+      apply([&](int64_t j, auto span, int k) { return span.template load<V>(x + j, k); });
+  }
+}
+
+template <typename V, typename X, typename R, typename A>
+void backward_chunks(const BackwardParams& p, const void* weight_data, const Partials& partials, int64_t begin,
+                     int64_t end) {
+  using F = typename V::F;
+  const A* weight = static_cast<const A*>(weight_data);
+  const double lam = read(p.lam), offset = p.offset.data ? read(p.offset) : 0;
+  const double d = static_cast<double>(p.d);
+  const auto chunks = chunks_of(p.rows);
+  // g of one row, between the two passes of an exact site
+  std::unique_ptr<A[]> g_row(p.exact && p.grad_x ? new A[p.d] : nullptr);
+
+  for (int64_t chunk = begin; chunk < end; ++chunk) {
+    A* grad_weight = row_of<A>(partials.weight, chunk, p.d);
+    if (grad_weight) std::memset(grad_weight, 0, p.d * sizeof(A));
+    double grad_lam = 0;
+    const int64_t first = chunk * chunks.rows_per_chunk;
+    const int64_t last = first + chunks.rows_per_chunk < p.rows ? first + chunks.rows_per_chunk : p.rows;
+    for (int64_t i = first; i < last; ++i) {
+      const X* grad_y = row_of<X>(p.grad_y, i);
+      const R* grad_sum = row_of<R>(p.grad_sum, i);
+      const R* x = row_of<R>(p.x, i);
+      R* grad_x = row_of<R>(p.grad_x, i, p.d);
+      const double shifted = static_cast<const A*>(p.variance)[i] + offset + p.eps;
+      const double a_over_lam = 1 / (p.kappa * std::sqrt(shifted));
+      const F a = V::set1(lam * a_over_lam);
+
+      RowSum<V> S;
+      S.over(p.d, [&](int64_t j, auto span) {
+        F xs[span.count], z[span.count], t[span.count], slope[span.count];
+        for (int k = 0; k < span.count; ++k) {
+          xs[k] = span.template load<V>(x + j, k);
+          z[k] = V::mul(a, xs[k]);
+        }
+        tanh_and_slope_group<V, X>(z, t, slope);
+        for (int k = 0; k < span.count; ++k) {
+          const F upstream = span.template load<V>(grad_y + j, k);
+          F g = V::mul(upstream, slope[k]);
+          if (weight) g = V::mul(g, span.template load<V>(weight + j, k));
+          S.add(k, g, xs[k]);
+          if (grad_weight)
+            span.template store<V>(grad_weight + j, k,
+                                   V::fma(upstream, t[k], span.template load<V>(grad_weight + j, k)));
+          if (!grad_x) continue;
+          if (p.exact) {
+            span.template store<V>(g_row.get() + j, k, g);
+          } else {
+            F dx = V::mul(a, g);
+            if (grad_sum) dx = V::add(dx, span.template load<V>(grad_sum + j, k));
+            span.template store<V>(grad_x + j, k, dx);
+          }
+        }
+      });
+      grad_lam += a_over_lam * S.total;
+      const double a_S = lam * a_over_lam * S.total;
+      if (p.grad_variance_out)
+        static_cast<A*>(p.grad_variance_out)[i] = static_cast<A>(-a_S / (2 * shifted));
+      if (p.exact && grad_x) {
+        const double from_v = p.grad_variance ? 2 * static_cast<const A*>(p.grad_variance)[i] / d : 0;
+        const F along_x = V::set1(from_v - a_S / (d * shifted));
+        sweep<V>(0, p.d, [&](int64_t j, auto span) {
+          for (int k = 0; k < span.count; ++k) {
+            F dx = V::mul(a, span.template load<V>(g_row.get() + j, k));
+            dx = V::fma(along_x, span.template load<V>(x + j, k), dx);
+            if (grad_sum) dx = V::add(dx, span.template load<V>(grad_sum + j, k));
+            span.template store<V>(grad_x + j, k, dx);
+          }
+        });
+      }
+    }
+    if (partials.lam) static_cast<double*>(partials.lam)[chunk] = grad_lam;
+  }
+}
+
+template <typename V, typename A, typename W>
+void sum_columns(const BackwardParams& p, const Partials& partials, int64_t begin, int64_t end) {
+  const auto count = chunks_of(p.rows).count;
+  const A* rows = static_cast<const A*>(partials.weight);
+  W* out = static_cast<W*>(p.grad_weight);
+  sweep<V>(begin, end, [&](int64_t j, auto span) {
+    for (int k = 0; k < span.count; ++k) {
+      auto total = V::set1(0);
+      for (int64_t c = 0; c < count; ++c) total = V::add(total, span.template load<V>(rows + c * p.d + j, k));
+      span.template store<V>(out + j, k, total);
+    }
+  });
+}
+
+// The dtypes of a call become template arguments here. A float64 stream is worked in double lanes.
+void forward(const ForwardParams& p, const void* weight, int64_t begin, int64_t end) {
+  with_type(p.branch, [&](auto* branch) {
+    using X = std::remove_const_t<std::remove_pointer_t<decltype(branch)>>;
+    if (p.stream == DType::f64) return forward_rows<Wide, X, double, double>(p, weight, begin, end);
+    if constexpr (!std::is_same_v<X, double>) {
+      if (p.stream == p.branch) return forward_rows<Float, X, X, float>(p, weight, begin, end);
+      return forward_rows<Float, X, float, float>(p, weight, begin, end);
+    }
+  });
+}
+
+void backward(const BackwardParams& p, const void* weight, const Partials& partials, int64_t begin, int64_t end) {
+  with_type(p.branch, [&](auto* branch) {
+    using X = std::remove_const_t<std::remove_pointer_t<decltype(branch)>>;
+    if (p.stream == DType::f64) return backward_chunks<Wide, X, double, double>(p, weight, partials, begin, end);
+    if constexpr (!std::is_same_v<X, double>) {
+      if (p.stream == p.branch) return backward_chunks<Float, X, X, float>(p, weight, partials, begin, end);
+      return backward_chunks<Float, X, float, float>(p, weight, partials, begin, end);
+    }
+  });
+}
+
+void sum_weight(const BackwardParams& p, const Partials& partials, int64_t begin, int64_t end) {
+  with_type(p.weight.dtype, [&](auto* type) {
+    using W = std::remove_const_t<std::remove_pointer_t<decltype(type)>>;
+    if (p.stream == DType::f64) return sum_columns<Wide, double, W>(p, partials, begin, end);
+    using V = std::conditional_t<std::is_same_v<W, double>, Wide, Float>;
+    sum_columns<V, float, W>(p, partials, begin, end);
+  });
+}
+
+void sum_lam(const BackwardParams& p, const Partials& partials) {
+  const double* chunks = static_cast<const double*>(partials.lam);
+  double total = 0;
+  for (int64_t c = 0; c < chunks_of(p.rows).count; ++c) total += chunks[c];
+  write(total, p.lam.dtype, p.grad_lam);
+}
+
+void widen_values(const Values& from, DType stream, int64_t n, void* to) {
+  with_type(from.dtype, [&](auto* type) {
+    const auto* p = static_cast<decltype(type)>(from.data);
+    if (stream == DType::f64) {
+      for (int64_t i = 0; i < n; ++i) static_cast<double*>(to)[i] = widen(p[i]);
+      return;
+    }
+    using V = std::conditional_t<sizeof(*p) == sizeof(double), Wide, Float>;
+    sweep<V>(0, n, [&](int64_t j, auto span) {
+      for (int k = 0; k < span.count; ++k)
+        span.template store<V>(static_cast<float*>(to) + j, k, span.template load<V>(p + j, k));
+    });
+  });
+}
+
+constexpr Kernels kernels = {BHYT_TIER_NAME, forward, backward, sum_weight, sum_lam, widen_values};

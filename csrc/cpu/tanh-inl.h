@@ -1,0 +1,129 @@
+// The vector tanh and its slope. Included after vec-inl.h, once per instruction set.
+//
+//   |z| < 1    t = z + z^3 P(z^2)              minimax, relative
+//   |z| >= 1   t = sign(z) (1 - 2 / (1 + E))   E ~ exp(2|z|) as a power of a polynomial that is accurate just where
+//                                              t needs it (absolute), since E's own relative error fades with 1/E
+//   slope      1 - t^2 = s (2 - s), s = 2 e / (1 + e), e = exp(-2|z|): does not cancel
+//
+// A group of registers whose arguments are all below 1 takes the first line only. For normal rows at lam = 2,
+// kappa = 10 that is all but 6e-7 of them, and it costs a third. The choice hangs on a row's values and positions alone.
+//
+// Contract, for outputs rounded to:
+//   float     at most 2.5 ulp over all floats
+//   f16       relative error at most 2^-16, a thirtieth of an ulp of the result
+//   bf16      relative error at most 2^-13, a thirtieth of an ulp of the result
+//   double    libm's
+// tanh(+-0) = +-0, tanh(+-inf) = +-1, tanh(NaN) = NaN, |t| <= 1 always; tests/cpp/tanh_sweep.cpp goes through all floats.
+
+// Coefficients by output type: small in powers of z^2, large in powers of |z|; E = large^power.
+template <typename T>
+struct TanhOf;
+
+template <>
+struct TanhOf<float> {  // relative 2^-27.7, absolute 2^-27.2, then nudged by single ulps to minimise the rounded error
+  static constexpr double small[] = {-0x1.55553cp-2, 0x1.110bdcp-3, -0x1.b961fep-5, 0x1.6009acp-6,
+                                     -0x1.0460b4p-7, 0x1.2da326p-9, -0x1.77dfaep-12};
+  static constexpr double large[] = {0x1.ffe98ap-1, 0x1.005ea6p-1,  0x1.fac8bcp-4,   0x1.69592p-6,
+                                     0x1.f51548p-10, 0x1.03d128p-11, -0x1.91e498p-16, 0x1.8b561p-18};
+  static constexpr int squarings = 2;
+  static constexpr double largest = 9.2;  // tanh rounds to 1 from 9.01 on
+};
+
+template <>
+struct TanhOf<f16> {  // relative 2^-16.9, absolute 2^-16.8
+  static constexpr double small[] = {-0.33307729623767585, 0.1307217063950768, -0.045292484018810725,
+                                     0.009248321240333082};
+  static constexpr double large[] = {0.9979959451218875, 0.25500257142898564, 0.02685942893078124,
+                                     0.00416108866220701};
+  static constexpr int squarings = 3;
+  static constexpr double largest = 7.0;
+};
+
+template <>
+struct TanhOf<bf16> : TanhOf<f16> {  // relative 2^-13.3
+  static constexpr double small[] = {-0.33133202694824126, 0.12027153968939856, -0.027419843886004918};
+};
+
+template <typename V, size_t n>
+inline typename V::F horner(const double (&c)[n], typename V::F x) {
+  auto p = V::set1(c[n - 1]);
+  for (size_t i = n - 1; i-- > 0;) p = V::fma(p, x, V::set1(c[i]));
+  return p;
+}
+
+template <typename V, typename T>
+inline typename V::F tanh_below_1(typename V::F z, typename V::F z_squared) {
+  return V::fma(V::mul(z, z_squared), horner<V>(TanhOf<T>::small, z_squared), z);
+}
+
+template <typename V, typename T>
+inline typename V::F tanh_from_1(typename V::F z) {
+  auto E = horner<V>(TanhOf<T>::large, V::min_of(V::set1(TanhOf<T>::largest), V::abs(z)));
+  for (int i = 0; i < TanhOf<T>::squarings; ++i) E = V::mul(E, E);
+  const auto denominator = V::fma(E, V::set1(0.5), V::set1(0.5));
+  const auto s = sizeof(T) == 2 ? V::reciprocal_14bit(denominator) : V::reciprocal(denominator);
+  return V::copy_sign(V::sub(V::set1(1), s), z);
+}
+
+// exp(-2 a) for a >= 0, relative error 2e-7 down to the subnormals; 0x1.62e4p-1 has bits to spare for n's.
+template <typename V>
+inline typename V::F exp_of_minus_twice(typename V::F a) {
+  static constexpr double c[] = {1.0,
+                                 1.000000037716214,
+                                 0.5000000047117757,
+                                 0.16666415514653277,
+                                 0.04166635289677516,
+                                 0.008375126398153335,
+                                 0.0013941108433972674};
+  const auto x = V::mul(V::min_of(V::set1(52), a), V::set1(-2));
+  const auto n = V::round(V::mul(x, V::set1(1.4426950408889634)));
+  auto r = V::fnma(n, V::set1(0x1.62e4p-1), x);
+  r = V::fnma(n, V::set1(0x1.7f7d1cf79abcap-20), r);
+  return V::scale(horner<V>(c, r), n);
+}
+
+// t[k] = tanh(z[k]).
+template <typename V, typename T, int K>
+inline void tanh_group(const typename V::F (&z)[K], typename V::F (&t)[K]) {
+  if constexpr (sizeof(T) == sizeof(double)) {
+    for (int k = 0; k < K; ++k) t[k] = V::each(z[k], std::tanh);
+  } else {
+    const auto one = V::set1(1);
+    typename V::F squared[K];
+    auto any_large = V::not_below(squared[0] = V::mul(z[0], z[0]), one);
+    for (int k = 1; k < K; ++k) any_large = V::either(any_large, V::not_below(squared[k] = V::mul(z[k], z[k]), one));
+    for (int k = 0; k < K; ++k) t[k] = tanh_below_1<V, T>(z[k], squared[k]);
+    if (V::any(any_large))
+      for (int k = 0; k < K; ++k) t[k] = V::select(V::not_below(squared[k], one), tanh_from_1<V, T>(z[k]), t[k]);
+  }
+}
+
+// t[k] = tanh(z[k]), slope[k] = 1 - t[k]^2.
+template <typename V, typename T, int K>
+inline void tanh_and_slope_group(const typename V::F (&z)[K], typename V::F (&t)[K], typename V::F (&slope)[K]) {
+  const auto one = V::set1(1), two = V::set1(2);
+  if constexpr (sizeof(T) == sizeof(double)) {
+    for (int k = 0; k < K; ++k) {
+      t[k] = V::each(z[k], std::tanh);
+      const auto e = V::each(V::mul(V::abs(z[k]), V::set1(-2)), std::exp);
+      const auto r = V::mul(e, V::reciprocal(V::add(one, e)));
+      slope[k] = V::mul(V::mul(V::set1(4), r), V::sub(one, r));
+    }
+  } else {
+    typename V::F squared[K];
+    auto any_large = V::not_below(squared[0] = V::mul(z[0], z[0]), one);
+    for (int k = 1; k < K; ++k) any_large = V::either(any_large, V::not_below(squared[k] = V::mul(z[k], z[k]), one));
+    for (int k = 0; k < K; ++k) {
+      t[k] = tanh_below_1<V, T>(z[k], squared[k]);
+      slope[k] = V::fnma(t[k], t[k], one);
+    }
+    if (V::any(any_large))
+      for (int k = 0; k < K; ++k) {
+        const auto large = V::not_below(squared[k], one);
+        const auto e = exp_of_minus_twice<V>(V::abs(z[k]));
+        const auto s = V::mul(V::mul(two, e), V::reciprocal(V::add(one, e)));
+        t[k] = V::select(large, V::copy_sign(V::sub(one, s), z[k]), t[k]);
+        slope[k] = V::select(large, V::mul(s, V::sub(two, s)), slope[k]);
+      }
+  }
+}
