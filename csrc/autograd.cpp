@@ -1,10 +1,13 @@
 // Autograd of the six ops. Three routes, chosen per call:
 //   composite      a functorch transform or a forward-mode tangent is present, or a backward is differentiated in turn
 //   below autograd nothing requires grad
-//   Site           otherwise: the fused op, whose backward calls bhyt::backward through the dispatcher
+//   SiteBackward   otherwise: the fused op, and a node whose backward calls bhyt::backward through the dispatcher
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <c10/core/impl/LocalDispatchKeySet.h>
-#include <torch/csrc/autograd/custom_function.h>
+#include <torch/csrc/autograd/function.h>
+#include <torch/csrc/autograd/functions/utils.h>
+#include <torch/csrc/autograd/saved_variable.h>
+#include <torch/csrc/dynamo/compiled_autograd.h>
 #include <torch/library.h>
 
 #include "composite.h"
@@ -15,7 +18,7 @@ namespace {
 using at::Tensor;
 using OptionalTensor = std::optional<Tensor>;
 using c10::DispatchKeySet;
-using torch::autograd::AutogradContext;
+using torch::autograd::SavedVariable;
 using torch::autograd::variable_list;
 
 // The op `name` with the signature of its composite, as the next dispatch key down sees it.
@@ -81,98 +84,178 @@ bool wants_graph(const Tensors&... tensors) {
 
 OptionalTensor optional(const Tensor& t) { return t.defined() ? OptionalTensor(t) : std::nullopt; }
 
-// Outputs are ordered as the schemas order them: y, sum (when adding), variance (when exact).
-template <bool exact, bool adds>
-struct Site : torch::autograd::Function<Site<exact, adds>> {
-  static constexpr bool is_traceable = true;  // compiled autograd may trace through backward
+// What a site's backward needs of its forward; a tensor that was not given is undefined.
+struct Saved {
+  Tensor row, variance, offset, weight, lam;
+  double kappa, eps;
+};
 
-  static variable_list forward(AutogradContext* ctx, const Tensor& x, const OptionalTensor& residual,
-                               const OptionalTensor& variance, const OptionalTensor& offset,
-                               const OptionalTensor& weight, const Tensor& lam, double kappa, double eps) {
-    ctx->set_materialize_grads(false);
-    ctx->saved_data["kappa"] = kappa;
-    ctx->saved_data["eps"] = eps;
-    at::AutoDispatchBelowADInplaceOrView below;
-    variable_list outputs;
-    Tensor row = x, row_variance = variance.value_or(Tensor());
-    if constexpr (exact && adds) {
-      auto [y, sum, v] = add_forward_op()(x, *residual, weight, lam, kappa, eps);
-      row = sum;
-      row_variance = v;
-      outputs = {y, sum, v};
-    } else if constexpr (exact) {
-      auto [y, v] = forward_op()(x, weight, lam, kappa, eps);
-      row_variance = v;
-      outputs = {y, v};
-    } else if constexpr (adds) {
-      auto [y, sum] = add_forward_approx_op()(x, *residual, *variance, offset, weight, lam, kappa, eps);
-      row = sum;
-      outputs = {y, sum};
-    } else {
-      outputs = {forward_approx_op()(x, *variance, offset, weight, lam, kappa, eps)};
-    }
-    ctx->save_for_backward({row, row_variance, offset.value_or(Tensor()), weight.value_or(Tensor()), lam});
-    return outputs;
+// Gradient edges in this order; a tensor that was not given has an edge that leads nowhere.
+enum Edge : size_t { kX, kResidual, kVariance, kWeight, kLam, kEdges };
+using Wanted = std::array<bool, kEdges>;
+
+// grads: of y, sum (when adding), variance (when exact), as the schemas order them; undefined where unused.
+template <bool exact, bool adds>
+variable_list site_gradients(const variable_list& grads, const Saved& saved, const Wanted& wanted) {
+  const auto& [row, variance, offset, weight, lam, kappa, eps] = saved;
+  const Tensor grad_y = grads[0].defined() ? grads[0] : at::zeros({}, row.options()).expand_symint(row.sym_sizes());
+  const OptionalTensor grad_sum = adds ? optional(grads[1]) : std::nullopt;
+  const bool for_row = wanted[kX] || wanted[kResidual];
+  Tensor grad_row, grad_variance, grad_weight, grad_lam;
+  if constexpr (exact) {
+    std::tie(grad_row, grad_weight, grad_lam) =
+        backward_op()(grad_y, optional(grads[adds ? 2 : 1]), grad_sum, row, variance, optional(weight), lam, kappa, eps,
+                      {for_row, wanted[kWeight], wanted[kLam]});
+  } else {
+    std::tie(grad_row, grad_variance, grad_weight, grad_lam) =
+        backward_approx_op()(grad_y, grad_sum, row, variance, optional(offset), optional(weight), lam, kappa, eps,
+                             {for_row, wanted[kVariance], wanted[kWeight], wanted[kLam]});
+  }
+  // d(x + residual) is the same for both; the engine casts it to a narrower branch.
+  return {wanted[kX] ? grad_row : Tensor(), wanted[kResidual] ? grad_row : Tensor(), grad_variance, grad_weight,
+          grad_lam};
+}
+
+// A node like those torch generates for its own ops. torch::autograd::Function would be shorter, and costs 3 us more a
+// forward and 3 us more a backward: as much again as the whole call of a small row.
+template <bool exact, bool adds>
+struct SiteBackward : torch::autograd::Node {
+  SavedVariable row, variance, offset, weight, lam;
+  double kappa = 0, eps = 0;
+
+  // The sum and an exact site's variance are outputs of this very node.
+  Saved unpack() {
+    const auto self = getptr();
+    return {row.unpack(adds ? self : nullptr), variance.unpack(exact ? self : nullptr), offset.unpack(),
+            weight.unpack(), lam.unpack(), kappa, eps};
   }
 
-  static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
-    const auto saved = ctx->get_saved_variables();
-    const Tensor &row = saved[0], &variance = saved[1], &lam = saved[4];
-    const OptionalTensor offset = optional(saved[2]), weight = optional(saved[3]);
-    const double kappa = ctx->saved_data["kappa"].toDouble(), eps = ctx->saved_data["eps"].toDouble();
+  Wanted wanted() const {
+    Wanted edges;
+    for (size_t i = 0; i < kEdges; ++i) edges[i] = task_should_compute_output(i);
+    return edges;
+  }
 
-    // Gradient edges exist only for the tensors that were given, in argument order.
-    size_t edge = 0;
-    const auto next_wanted = [&](bool given) { return given && ctx->needs_input_grad(edge++); };
-    const bool for_x = next_wanted(true), for_residual = next_wanted(adds), for_variance = next_wanted(!exact);
-    next_wanted(offset.has_value());
-    const bool for_weight = next_wanted(weight.has_value()), for_lam = next_wanted(true);
+  variable_list apply(variable_list&& grads) override {
+    std::lock_guard<std::mutex> lock(mutex_);
+    return site_gradients<exact, adds>(grads, unpack(), wanted());
+  }
 
-    const Tensor grad_y = grads[0].defined() ? grads[0] : at::zeros({}, row.options()).expand_symint(row.sym_sizes());
-    const OptionalTensor grad_sum = adds ? optional(grads[1]) : std::nullopt;
-    const bool for_row = for_x || for_residual;
-    Tensor grad_row, grad_variance, grad_weight, grad_lam;
-    if constexpr (exact) {
-      const OptionalTensor grad_variance_in = optional(grads[adds ? 2 : 1]);
-      std::tie(grad_row, grad_weight, grad_lam) = backward_op()(grad_y, grad_variance_in, grad_sum, row, variance,
-                                                                weight, lam, kappa, eps, {for_row, for_weight, for_lam});
-    } else {
-      std::tie(grad_row, grad_variance, grad_weight, grad_lam) =
-          backward_approx_op()(grad_y, grad_sum, row, variance, offset, weight, lam, kappa, eps,
-                               {for_row, for_variance, for_weight, for_lam});
-    }
-    // d(x + residual) is the same for both; the engine casts it to a narrower branch.
-    return {for_x ? grad_row : Tensor(), for_residual ? grad_row : Tensor(), grad_variance, Tensor(),
-            grad_weight, grad_lam, Tensor(), Tensor()};
+  std::string name() const override {
+    return std::string("BHyT") + (adds ? "Add" : "") + "Forward" + (exact ? "" : "Approx") + "Backward";
+  }
+
+  void release_variables() override {
+    std::lock_guard<std::mutex> lock(mutex_);
+    for (SavedVariable* saved : {&row, &variance, &offset, &weight, &lam}) saved->reset_data();
+  }
+
+  // Compiled autograd: what identifies this node, then the same gradients as a function of packed values.
+  void compiled_args(torch::dynamo::autograd::CompiledNodeArgs& args) const override {
+    args.collect(name());
+    args.collect(row, adds);
+    args.collect(variance, exact);
+    args.collect(offset, false);
+    args.collect(weight, false);
+    args.collect(lam, false);
+    args.collect(at::IValue(kappa));
+    args.collect(at::IValue(eps));
+  }
+
+  static variable_list apply_packed(const variable_list& grads, const std::vector<at::IValue>& packed) {
+    const auto flags = packed[7].toBoolList();
+    Wanted wanted;
+    for (size_t i = 0; i < kEdges; ++i) wanted[i] = flags.get(i);
+    return site_gradients<exact, adds>(grads,
+                                       {packed[0].toTensor(), packed[1].toTensor(), packed[2].toTensor(),
+                                        packed[3].toTensor(), packed[4].toTensor(), packed[5].toDouble(),
+                                        packed[6].toDouble()},
+                                       wanted);
+  }
+
+  variable_list apply_with_saved(const variable_list& grads,
+                                 torch::dynamo::autograd::SwapSavedVariables& swapped) override {
+    for (SavedVariable* saved : {&row, &variance, &offset, &weight, &lam}) swapped.before(*saved);
+    const Saved saved = unpack();
+    c10::List<bool> flags;
+    for (const bool flag : wanted()) flags.push_back(flag);
+    std::vector<at::IValue> packed = {saved.row, saved.variance, saved.offset, saved.weight,
+                                      saved.lam, saved.kappa,    saved.eps,    flags};
+    std::vector<at::TypePtr> types;
+    for (const auto& value : packed) types.push_back(value.isTensor() ? at::TensorType::get() : value.type());
+    const auto& compiler = torch::dynamo::autograd::getPyCompilerInterface();
+    const auto function = compiler->bind_function(swapped.get_py_compiler(), name(), apply_packed, types,
+                                                  /*is_custom_function=*/true, /*is_traceable=*/true);
+    const auto outputs = torch::dynamo::autograd::IValuePacker<
+        std::vector<std::optional<torch::autograd::InputMetadata>>>::
+        pack(torch::dynamo::autograd::get_input_metadata(next_edges()));
+    auto results =
+        compiler->call_function(swapped.get_py_compiler(), "apply_functional", function, grads, packed, outputs);
+    for (SavedVariable* saved_variable : {&row, &variance, &offset, &weight, &lam}) swapped.after(*saved_variable);
+    return results;
   }
 };
+
+// Nodes are held by intrusive pointers in newer versions of torch, by shared pointers in older ones; deleteNode, found by
+// argument-dependent look-up, exists in the latter only.
+template <typename T, typename Node = torch::autograd::Node>
+auto make_node() {
+  if constexpr (std::is_base_of_v<c10::intrusive_ptr_target, Node>)
+    return c10::make_intrusive<T>();
+  else
+    return std::shared_ptr<T>(new T(), [](auto* node) { deleteNode(node); });
+}
+
+// Runs `below`, the op under autograd, and hangs its outputs on a node.
+template <bool exact, bool adds, typename Below>
+auto record(Below below, const Tensor& x, const OptionalTensor& residual, const OptionalTensor& variance,
+            const OptionalTensor& offset, const OptionalTensor& weight, const Tensor& lam, double kappa, double eps) {
+  auto node = make_node<SiteBackward<exact, adds>>();
+  node->set_next_edges(torch::autograd::collect_next_edges(x, residual, variance, weight, lam));
+  auto outputs = below();
+  std::apply([&](auto&... output) { (torch::autograd::set_history(output, node), ...); }, outputs);
+  if constexpr (adds)
+    node->row = SavedVariable(std::get<1>(outputs), /*is_output=*/true);
+  else
+    node->row = SavedVariable(x, /*is_output=*/false);
+  if constexpr (exact)
+    node->variance = SavedVariable(std::get<adds ? 2 : 1>(outputs), /*is_output=*/true);
+  else
+    node->variance = SavedVariable(variance, /*is_output=*/false);
+  node->offset = SavedVariable(offset, /*is_output=*/false);
+  node->weight = SavedVariable(weight, /*is_output=*/false);
+  node->lam = SavedVariable(lam, /*is_output=*/false);
+  node->kappa = kappa;
+  node->eps = eps;
+  return outputs;
+}
 
 std::tuple<Tensor, Tensor> forward(DispatchKeySet keys, const Tensor& x, const OptionalTensor& weight,
                                    const Tensor& lam, double kappa, double eps) {
   if (wants_composite(x, weight, lam)) return composite::forward(x, weight, lam, kappa, eps);
-  if (!wants_graph(x, weight, lam)) return forward_op().below(keys, x, weight, lam, kappa, eps);
-  auto out = Site<true, false>::apply(x, OptionalTensor(), OptionalTensor(), OptionalTensor(), weight, lam, kappa, eps);
-  return {std::move(out[0]), std::move(out[1])};
+  const auto below = [&] { return forward_op().below(keys, x, weight, lam, kappa, eps); };
+  if (!wants_graph(x, weight, lam)) return below();
+  return record<true, false>(below, x, {}, {}, {}, weight, lam, kappa, eps);
 }
 
 Tensor forward_approx(DispatchKeySet keys, const Tensor& x, const Tensor& variance, const OptionalTensor& offset,
                       const OptionalTensor& weight, const Tensor& lam, double kappa, double eps) {
   if (wants_composite(x, variance, weight, lam))
     return composite::forward_approx(x, variance, offset, weight, lam, kappa, eps);
-  if (!wants_graph(x, variance, weight, lam))
-    return forward_approx_op().below(keys, x, variance, offset, weight, lam, kappa, eps);
-  return Site<false, false>::apply(x, OptionalTensor(), OptionalTensor(variance), offset, weight, lam, kappa, eps)[0];
+  const auto below = [&] {
+    return std::make_tuple(forward_approx_op().below(keys, x, variance, offset, weight, lam, kappa, eps));
+  };
+  if (!wants_graph(x, variance, weight, lam)) return std::get<0>(below());
+  return std::get<0>(record<false, false>(below, x, {}, variance, offset, weight, lam, kappa, eps));
 }
 
 std::tuple<Tensor, Tensor, Tensor> add_forward(DispatchKeySet keys, const Tensor& x, const Tensor& residual,
                                                const OptionalTensor& weight, const Tensor& lam, double kappa,
                                                double eps) {
   if (wants_composite(x, residual, weight, lam)) return composite::add_forward(x, residual, weight, lam, kappa, eps);
-  if (!wants_graph(x, residual, weight, lam))
-    return add_forward_op().below(keys, x, residual, weight, lam, kappa, eps);
-  auto out = Site<true, true>::apply(x, OptionalTensor(residual), OptionalTensor(), OptionalTensor(), weight, lam,
-                                     kappa, eps);
-  return {std::move(out[0]), std::move(out[1]), std::move(out[2])};
+  const auto below = [&] { return add_forward_op().below(keys, x, residual, weight, lam, kappa, eps); };
+  if (!wants_graph(x, residual, weight, lam)) return below();
+  return record<true, true>(below, x, residual, {}, {}, weight, lam, kappa, eps);
 }
 
 std::tuple<Tensor, Tensor> add_forward_approx(DispatchKeySet keys, const Tensor& x, const Tensor& residual,
@@ -181,11 +264,11 @@ std::tuple<Tensor, Tensor> add_forward_approx(DispatchKeySet keys, const Tensor&
                                               double eps) {
   if (wants_composite(x, residual, variance, weight, lam))
     return composite::add_forward_approx(x, residual, variance, offset, weight, lam, kappa, eps);
-  if (!wants_graph(x, residual, variance, weight, lam))
+  const auto below = [&] {
     return add_forward_approx_op().below(keys, x, residual, variance, offset, weight, lam, kappa, eps);
-  auto out = Site<false, true>::apply(x, OptionalTensor(residual), OptionalTensor(variance), offset, weight, lam,
-                                      kappa, eps);
-  return {std::move(out[0]), std::move(out[1])};
+  };
+  if (!wants_graph(x, residual, variance, weight, lam)) return below();
+  return record<false, true>(below, x, residual, variance, offset, weight, lam, kappa, eps);
 }
 
 std::tuple<Tensor, Tensor, Tensor> backward(DispatchKeySet keys, const Tensor& grad_y,

@@ -77,13 +77,16 @@ inline void describe_site(SiteParams& p, RowViews& view, const Tensor& stream, c
   p.eps = eps;
 }
 
+// How a device makes an output: the sizes and dtype given, on x's device.
+using Allocate = Tensor (*)(at::IntArrayRef sizes, at::ScalarType dtype, const Tensor& x);
+
 // A forward call, exact (no variance given) or approximate, with or without a residual.
 struct ForwardCall {
   ForwardParams params;
   Tensor y, sum, variance;  // sum: with a residual only; variance: of exact sites only
 
-  ForwardCall(const Tensor& x, const Tensor* residual, const Tensor* given_variance, const OptionalTensor& offset,
-              const OptionalTensor& weight, const Tensor& lam, double kappa, double eps) {
+  ForwardCall(Allocate allocate, const Tensor& x, const Tensor* residual, const Tensor* given_variance,
+              const OptionalTensor& offset, const OptionalTensor& weight, const Tensor& lam, double kappa, double eps) {
     if (residual) checks::residual(x, *residual);
     const Tensor& stream = residual ? *residual : x;
     checks::site(x, weight, lam, kappa, eps);
@@ -93,11 +96,11 @@ struct ForwardCall {
     params.branch = dtype_of(x);
     params.exact = given_variance == nullptr;
     params.x = view_(x);
-    y = at::empty(x.sizes(), x.options());
+    y = allocate(x.sizes(), x.scalar_type(), x);
     params.y = y.mutable_data_ptr();
     if (residual) {
       params.residual = view_(*residual);
-      sum = at::empty(x.sizes(), residual->options());
+      sum = allocate(x.sizes(), residual->scalar_type(), x);
       params.sum = sum.mutable_data_ptr();
     }
     if (given_variance) {
@@ -106,7 +109,7 @@ struct ForwardCall {
     } else {
       at::DimVector shape(x.sizes());
       shape.back() = 1;
-      variance = at::empty(shape, x.options().dtype(checks::accumulate_type(stream.scalar_type())));
+      variance = allocate(shape, checks::accumulate_type(stream.scalar_type()), x);
       params.variance_out = variance.mutable_data_ptr();
     }
   }
@@ -124,8 +127,8 @@ struct BackwardCall {
     bool x, variance, weight, lam;
   };
 
-  BackwardCall(bool exact, const Tensor& grad_y, const OptionalTensor& grad_variance_in, const OptionalTensor& grad_sum,
-               const Tensor& x, const Tensor& variance, const OptionalTensor& offset, const OptionalTensor& weight,
+  BackwardCall(Allocate allocate, bool exact, const Tensor& grad_y, const OptionalTensor& grad_variance_in,
+               const OptionalTensor& grad_sum, const Tensor& x, const Tensor& variance, const OptionalTensor& offset, const OptionalTensor& weight,
                const Tensor& lam, double kappa, double eps, Wanted wanted) {
     checks::site(x, weight, lam, kappa, eps);
     checks::gradients(grad_y, grad_sum, x);
@@ -141,32 +144,37 @@ struct BackwardCall {
     params.variance = view_.dense(variance);
     if (grad_variance_in) params.grad_variance = view_.dense(*grad_variance_in);
     if (offset) params.offset = values_of(*offset);
-    if (wanted.x) params.grad_x = (grad_x = at::empty(x.sizes(), x.options())).mutable_data_ptr();
-    if (wanted.variance && !exact)
-      params.grad_variance_out = (grad_variance = at::empty(variance.sizes(), variance.options())).mutable_data_ptr();
-    if (wanted.weight && weight)
-      params.grad_weight = (grad_weight = at::empty(weight->sizes(), weight->options())).mutable_data_ptr();
-    if (wanted.lam) params.grad_lam = (grad_lam = at::empty(lam.sizes(), lam.options())).mutable_data_ptr();
+    const auto gradient_of = [&](const Tensor& t, Tensor& grad) {
+      return (grad = allocate(t.sizes(), t.scalar_type(), x)).mutable_data_ptr();
+    };
+    if (wanted.x) params.grad_x = gradient_of(x, grad_x);
+    if (wanted.variance && !exact) params.grad_variance_out = gradient_of(variance, grad_variance);
+    if (wanted.weight && weight) params.grad_weight = gradient_of(*weight, grad_weight);
+    if (wanted.lam) params.grad_lam = gradient_of(lam, grad_lam);
   }
 
  private:
   RowViews view_;
 };
 
+inline Tensor allocate_by_dispatch(at::IntArrayRef sizes, at::ScalarType dtype, const Tensor& x) {
+  return at::empty(sizes, x.options().dtype(dtype));
+}
+
 // The six ops of a device whose kernels run a ForwardParams or a BackwardParams. `x` is given for its device.
 template <void (*run_forward)(const ForwardParams&, const Tensor& x),
-          void (*run_backward)(const BackwardParams&, const Tensor& x)>
+          void (*run_backward)(const BackwardParams&, const Tensor& x), Allocate allocate = allocate_by_dispatch>
 struct DeviceOps {
   static std::tuple<Tensor, Tensor> forward(const Tensor& x, const OptionalTensor& weight, const Tensor& lam,
                                             double kappa, double eps) {
-    ForwardCall call(x, nullptr, nullptr, {}, weight, lam, kappa, eps);
+    ForwardCall call(allocate, x, nullptr, nullptr, {}, weight, lam, kappa, eps);
     run_forward(call.params, x);
     return {std::move(call.y), std::move(call.variance)};
   }
 
   static Tensor forward_approx(const Tensor& x, const Tensor& variance, const OptionalTensor& variance_offset,
                                const OptionalTensor& weight, const Tensor& lam, double kappa, double eps) {
-    ForwardCall call(x, nullptr, &variance, variance_offset, weight, lam, kappa, eps);
+    ForwardCall call(allocate, x, nullptr, &variance, variance_offset, weight, lam, kappa, eps);
     run_forward(call.params, x);
     return std::move(call.y);
   }
@@ -174,7 +182,7 @@ struct DeviceOps {
   static std::tuple<Tensor, Tensor, Tensor> add_forward(const Tensor& x, const Tensor& residual,
                                                         const OptionalTensor& weight, const Tensor& lam, double kappa,
                                                         double eps) {
-    ForwardCall call(x, &residual, nullptr, {}, weight, lam, kappa, eps);
+    ForwardCall call(allocate, x, &residual, nullptr, {}, weight, lam, kappa, eps);
     run_forward(call.params, x);
     return {std::move(call.y), std::move(call.sum), std::move(call.variance)};
   }
@@ -183,7 +191,7 @@ struct DeviceOps {
                                                        const OptionalTensor& variance_offset,
                                                        const OptionalTensor& weight, const Tensor& lam, double kappa,
                                                        double eps) {
-    ForwardCall call(x, &residual, &variance, variance_offset, weight, lam, kappa, eps);
+    ForwardCall call(allocate, x, &residual, &variance, variance_offset, weight, lam, kappa, eps);
     run_forward(call.params, x);
     return {std::move(call.y), std::move(call.sum)};
   }
@@ -193,7 +201,7 @@ struct DeviceOps {
                                                      const Tensor& variance, const OptionalTensor& weight,
                                                      const Tensor& lam, double kappa, double eps,
                                                      std::array<bool, 3> output_mask) {
-    BackwardCall call(true, grad_y, grad_variance, grad_sum, x, variance, {}, weight, lam, kappa, eps,
+    BackwardCall call(allocate, true, grad_y, grad_variance, grad_sum, x, variance, {}, weight, lam, kappa, eps,
                       {output_mask[0], false, output_mask[1], output_mask[2]});
     run_backward(call.params, x);
     return {std::move(call.grad_x), std::move(call.grad_weight), std::move(call.grad_lam)};
@@ -203,7 +211,7 @@ struct DeviceOps {
       const Tensor& grad_y, const OptionalTensor& grad_sum, const Tensor& x, const Tensor& variance,
       const OptionalTensor& variance_offset, const OptionalTensor& weight, const Tensor& lam, double kappa, double eps,
       std::array<bool, 4> output_mask) {
-    BackwardCall call(false, grad_y, {}, grad_sum, x, variance, variance_offset, weight, lam, kappa, eps,
+    BackwardCall call(allocate, false, grad_y, {}, grad_sum, x, variance, variance_offset, weight, lam, kappa, eps,
                       {output_mask[0], output_mask[1], output_mask[2], output_mask[3]});
     run_backward(call.params, x);
     return {std::move(call.grad_x), std::move(call.grad_variance), std::move(call.grad_weight),

@@ -64,7 +64,7 @@ inline void per_row(const char* name, const Tensor& t, const Tensor& x) {
 
 inline void row_tensor(const char* name, const Tensor& t) {
   floating(name, t);
-  TORCH_CHECK_VALUE(t.dim() >= 1, "bhyt: ", name, ": expected shape [..., d] with at least one dimension, got a scalar");
+  TORCH_CHECK_VALUE(t.dim() >= 1, "bhyt: ", name, ": expected at least one dimension, [..., d], got a scalar");
 }
 
 // `narrow` is added to, or comes back from, a stream that may be wider: bf16 branches on a float32 stream.

@@ -1,4 +1,5 @@
 // The CPU key: threads and scratch memory around the row kernels.
+#include <ATen/EmptyTensor.h>
 #include <ATen/Parallel.h>
 #include <ATen/Version.h>
 #include <torch/library.h>
@@ -44,15 +45,15 @@ void run_forward(const ForwardParams& p, const Tensor&) {
                    [&](int64_t begin, int64_t end) { kernels().forward(p, weight.data(), begin, end); });
 }
 
-void run_backward(const BackwardParams& p, const Tensor& x) {
+void run_backward(const BackwardParams& p, const Tensor&) {
   const WideWeight weight(p);
   const auto chunks = cpu::chunks_of(p.rows);
-  const auto accumulate = x.options().dtype(checks::accumulate_type(x.scalar_type()));
-  Tensor weight_partials, lam_partials;
-  cpu::Partials partials;
-  if (p.grad_weight)
-    partials.weight = (weight_partials = at::empty({chunks.count, p.d}, accumulate)).mutable_data_ptr();
-  if (p.grad_lam) partials.lam = (lam_partials = at::empty({chunks.count}, at::kDouble)).mutable_data_ptr();
+  const auto scratch = [](bool wanted, int64_t bytes) {
+    return std::unique_ptr<char[]>(wanted ? new char[bytes] : nullptr);
+  };
+  const auto weight_partials = scratch(p.grad_weight, chunks.count * p.d * size_of(accumulate_dtype(p.stream)));
+  const auto lam_partials = scratch(p.grad_lam, chunks.count * size_of(DType::f64));
+  const cpu::Partials partials{weight_partials.get(), lam_partials.get()};
 
   const int64_t chunks_per_task = (rows_per_task(p.d) + chunks.rows_per_chunk - 1) / chunks.rows_per_chunk;
   at::parallel_for(0, chunks.count, chunks_per_task, [&](int64_t begin, int64_t end) {
@@ -66,7 +67,12 @@ void run_backward(const BackwardParams& p, const Tensor& x) {
   if (p.grad_lam) kernels().sum_lam(p, partials);
 }
 
-using Ops = DeviceOps<run_forward, run_backward>;
+// Without a round through the dispatcher: a third of a microsecond per output.
+Tensor allocate(at::IntArrayRef sizes, at::ScalarType dtype, const Tensor&) {
+  return at::detail::empty_cpu(sizes, dtype, /*pin_memory=*/false, /*memory_format=*/std::nullopt);
+}
+
+using Ops = DeviceOps<run_forward, run_backward, allocate>;
 
 }  // namespace
 

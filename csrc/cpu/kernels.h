@@ -21,7 +21,7 @@ constexpr Chunks chunks_of(int64_t rows) {
   return {per_chunk, (rows + per_chunk - 1) / per_chunk};
 }
 
-// What a backward needs besides its params: [count, d] and [count], accumulate dtype; null when not wanted.
+// Sums of each chunk, null when not wanted: weight [count, d] in the accumulate dtype, lam [count] in float64.
 struct Partials {
   void* weight = nullptr;
   void* lam = nullptr;

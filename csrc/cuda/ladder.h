@@ -1,0 +1,117 @@
+// Which threads handle which elements. Plain functions of sizes, dtypes and addresses; tested on the host.
+//
+// A row is cut into packs of 16 bytes of its stream. It is shared by `parts` blocks (one, but for very long rows) of
+// `threads` each, and a thread takes up to `packs` of them: pack number (part * packs + k) * threads + lane.
+// This fixes the order of the row's sum; it is chosen by d and the stream's dtype alone, so that a row's bits do not
+// depend on its batch, its alignment or the device.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+
+#include "../params.h"
+
+namespace bhyt::cuda {
+
+constexpr int kMaxThreads = 512;
+constexpr int kMaxClusterParts = 8;  // the largest portable cluster
+
+struct Ladder {
+  int threads = 1;  // per part of a row: a power of two up to 32, or a multiple of 32
+  int packs = 1;    // per thread
+  int parts = 1;    // per row
+  int groups = 1;   // groups of `threads` in a block, each with a row of its own
+  int64_t row_packs = 0;
+
+  bool fits_a_cluster() const { return parts <= kMaxClusterParts; }
+};
+
+constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+constexpr int power_of_two_from(int64_t n) {
+  int power = 1;
+  while (power < n) power *= 2;
+  return power;
+}
+
+// At most `packs` per thread; short rows share a block of `block_threads`.
+inline Ladder ladder_for(int64_t d, int pack_width, int packs, int block_threads) {
+  Ladder l;
+  l.row_packs = ceil_div(d, pack_width);
+  if (l.row_packs <= 32 * packs) {
+    // At least 4 lanes, 64 neighbouring bytes; not more than needed, for the work per row is shared by few elements.
+    l.threads = power_of_two_from(std::max(std::min<int64_t>(l.row_packs, 4), ceil_div(l.row_packs, packs)));
+    l.packs = power_of_two_from(ceil_div(l.row_packs, l.threads));
+  } else {
+    int64_t parts = ceil_div(l.row_packs, int64_t(kMaxThreads) * packs);
+    if (parts <= kMaxClusterParts) parts = power_of_two_from(parts);
+    l.parts = static_cast<int>(parts);
+    l.packs = packs;
+    l.threads = static_cast<int>(ceil_div(ceil_div(l.row_packs, parts * packs), 32) * 32);
+  }
+  l.groups = l.threads < block_threads ? block_threads / l.threads : 1;
+  return l;
+}
+
+constexpr int kForwardPacks = 4;            // 64 bytes in flight per thread
+constexpr int kBackwardElements = 16;       // per thread: as many fp32 gain gradients stay in registers
+constexpr int pack_width(DType stream) { return static_cast<int>(16 / size_of(stream)); }
+
+inline Ladder forward_ladder(int64_t d, DType stream) {
+  return ladder_for(d, pack_width(stream), kForwardPacks, 128);
+}
+
+// One block fills half a multiprocessor's registers or more: few blocks, so few partial sums of the gain's gradient.
+inline Ladder backward_ladder(int64_t d, DType stream) {
+  return ladder_for(d, pack_width(stream), kBackwardElements / pack_width(stream), kMaxThreads);
+}
+
+// Blocks of a persistent kernel along the rows, for rows without end. A block of 512 threads takes the registers of a
+// multiprocessor; smaller ones, of rows whose threads don't divide 512, come in pairs where they fit. More blocks than
+// fit would only be slower.
+inline int64_t persistent_blocks(const Ladder& l, int multiprocessors) {
+  const int block_threads = l.threads * l.groups;
+  return int64_t(multiprocessors) * (block_threads <= 320 ? 2 : 1) / l.parts;
+}
+
+// Kernels in which a thread keeps to one pack of columns and goes through rows.
+struct Columns {
+  int threads = 1;   // packs of columns per block
+  int groups = 1;    // rows side by side in a block
+  int64_t blocks = 1;  // along the row
+};
+
+inline Columns columns_for(int64_t d, DType stream, int block_threads, int max_groups) {
+  Columns c;
+  const int64_t packs = d > 0 ? ceil_div(d, pack_width(stream)) : 1;
+  c.blocks = ceil_div(packs, block_threads);
+  c.threads = static_cast<int>(ceil_div(packs, c.blocks));
+  if (c.blocks > 1) c.threads = static_cast<int>(ceil_div(c.threads, 32) * 32);
+  c.groups = block_threads / c.threads;
+  if (c.groups > max_groups) c.groups = max_groups;
+  if (c.blocks > 65535) c.blocks = 65535;  // the grid's limit; threads then take every 65535th pack of blocks
+  return c;
+}
+
+// Whether a pack's elements of every row start on a multiple of the bytes they are moved by.
+inline bool packs_are_aligned(const Rows& t, DType dtype, int pack_width) {
+  if (t.data == nullptr) return true;
+  const int64_t pack = pack_width * size_of(dtype), access = pack < 16 ? pack : 16;
+  return reinterpret_cast<uintptr_t>(t.data) % access == 0 && t.stride * size_of(dtype) % access == 0;
+}
+
+inline bool is_wide(const ForwardParams& p) {
+  const int w = pack_width(p.stream);
+  return p.d % w == 0 && packs_are_aligned(p.x, p.branch, w) && packs_are_aligned(p.residual, p.stream, w) &&
+         packs_are_aligned({p.y, p.d}, p.branch, w) && packs_are_aligned({p.sum, p.d}, p.stream, w) &&
+         packs_are_aligned({p.weight.data, 0}, p.weight.dtype, w);
+}
+
+inline bool is_wide(const BackwardParams& p) {
+  const int w = pack_width(p.stream);
+  return p.d % w == 0 && packs_are_aligned(p.x, p.stream, w) && packs_are_aligned(p.grad_y, p.branch, w) &&
+         packs_are_aligned(p.grad_sum, p.stream, w) && packs_are_aligned({p.grad_x, p.d}, p.stream, w) &&
+         packs_are_aligned({p.weight.data, 0}, p.weight.dtype, w);
+}
+
+}  // namespace bhyt::cuda

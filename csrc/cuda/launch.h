@@ -1,0 +1,31 @@
+// What bhyt_cuda.cpp calls. No torch here or below.
+#pragma once
+
+#include <string>
+
+#ifdef BHYT_SIMT  // on the host, for tests: tests/cpp/simt.h
+#include "simt.h"
+#else
+#include <cuda_runtime_api.h>
+#endif
+
+#include "../params.h"
+
+namespace bhyt::cuda {
+
+struct Device {
+  int index = 0;
+  int multiprocessors = 1;
+  bool clusters = false;  // compute capability 9.0 or later
+};
+
+cudaError_t forward(const ForwardParams& p, const Device& device, cudaStream_t stream);
+
+// `workspace`: backward_workspace(p, device) bytes of scratch, aligned to 16.
+int64_t backward_workspace(const BackwardParams& p, const Device& device);
+cudaError_t backward(const BackwardParams& p, void* workspace, const Device& device, cudaStream_t stream);
+
+// The architectures compiled in, e.g. "sm_80 sm_90".
+std::string archs();
+
+}  // namespace bhyt::cuda

@@ -1,0 +1,70 @@
+// Sums over a row, in an order that depends on d and the stream's dtype alone (ladder.h):
+//   a thread's packs in turn; a butterfly over the lanes; a butterfly over the warps' sums; the row's parts in turn.
+#pragma once
+
+#include "ladder.h"
+#include "vec.cuh"
+
+namespace bhyt::cuda {
+
+// Where a thread stands. Group: the threads that share a part of a row: a power of two within a warp, or whole warps.
+struct Place {
+  int lane = hw::thread_x();   // within the group
+  int group = hw::thread_y();  // within the block
+  int part = hw::block_y();    // of the row
+};
+
+// Shared memory a block needs for its sums: two buffers, so that one barrier per sum is enough (a thread that has
+// passed the next sum's barrier knows that all have read this one's).
+template <class A>
+struct SumSlots {
+  A warp[2][kMaxThreads / 32];
+  A part[2][kMaxClusterParts];
+};
+
+template <class A>
+BHYT_DEVICE A butterfly(A v, int lanes) {
+#pragma unroll
+  for (int mask = 16; mask > 0; mask /= 2)
+    if (mask < lanes) v = hw::add(v, hw::shuffle_xor(v, mask));
+  return v;
+}
+
+// The sum over the group, given to all its threads. `turn` alternates between calls.
+template <class A>
+BHYT_DEVICE A group_sum(A v, const Ladder& ladder, const Place& place, SumSlots<A>& slots, int turn) {
+  v = butterfly(v, ladder.threads);
+  if (ladder.threads <= 32) return v;
+  A* sums = slots.warp[turn & 1] + place.group * (ladder.threads / 32);
+  const int lane = place.lane % 32;
+  if (lane == 0) sums[place.lane / 32] = v;
+  hw::barrier(1 + place.group, ladder.threads);
+  return butterfly(lane < ladder.threads / 32 ? sums[lane] : A(0), 32);
+}
+
+// The sum over the parts, one per block of a cluster, given to all their threads. Between kernel start and the first
+// call stands a cluster_arrive(): a block must be running before its shared memory is written to.
+BHYT_DEVICE float cluster_sum(float v, const Ladder& ladder, const Place& place, SumSlots<float>& slots, int turn) {
+  if (turn == 0) hw::cluster_wait();
+  float* sums = slots.part[turn & 1];
+  if (place.lane < ladder.parts) hw::cluster_store(sums + place.part, place.lane, v);
+  hw::cluster_arrive();
+  hw::cluster_wait();
+  float total = 0;
+  for (int i = 0; i < ladder.parts; ++i) total = hw::add(total, sums[i]);
+  return total;
+}
+
+// Sum of products over a pack, in two chains.
+template <class A, int W>
+BHYT_DEVICE A dot(const A (&x)[W], const A (&y)[W]) {
+  A even = hw::mul(x[0], y[0]), odd = hw::mul(x[1], y[1]);
+#pragma unroll
+  for (int j = 2; j < W; j += 2) {
+    even = hw::fma(x[j], y[j], even);
+    odd = hw::fma(x[j + 1], y[j + 1], odd);
+  }
+  return hw::add(even, odd);
+}
+
+}  // namespace bhyt::cuda

@@ -1,0 +1,155 @@
+// Packs: the W neighbouring elements of a row that one thread handles at a time, kept as they lie in memory.
+// W is set by the stream (16 bytes of it), so a thread's elements, and with them the order of every sum, do not depend
+// on alignment: `wide` packs move by vector accesses, others element by element and may end short at the row's end.
+#pragma once
+
+#include "math.cuh"
+
+namespace bhyt::cuda {
+
+template <class Stream>
+constexpr int kPackWidth = 16 / sizeof(Stream);
+
+template <class T, int W>
+struct Pack {
+  static constexpr int kWords = W * sizeof(T) / 4;
+  static constexpr int kAccess = kWords < 4 ? kWords : 4;  // words per access: at most 16 bytes
+  uint32_t words[kWords];
+
+  template <class A>
+  BHYT_DEVICE A get(int j) const {
+    if constexpr (std::is_same_v<T, bf16>) {
+      return hw::bits_to_float(j % 2 ? words[j / 2] & 0xffff0000u : words[j / 2] << 16);
+    } else if constexpr (std::is_same_v<T, f16>) {
+      return hw::half_bits_to_float(j % 2 ? words[j / 2] >> 16 : words[j / 2] & 0xffffu);
+    } else if constexpr (std::is_same_v<T, float>) {
+      return static_cast<A>(hw::bits_to_float(words[j]));
+    } else {
+      return hw::bits_to_double(words[2 * j], words[2 * j + 1]);
+    }
+  }
+
+  template <class A>
+  BHYT_DEVICE void get_all(A (&v)[W]) const {
+#pragma unroll
+    for (int j = 0; j < W; ++j) v[j] = get<A>(j);
+  }
+
+  // Rounds each element once.
+  template <class A>
+  BHYT_DEVICE static Pack of(const A (&v)[W]) {
+    Pack pack;
+#pragma unroll
+    for (int j = 0; j < W; ++j) {
+      if constexpr (sizeof(T) == 2 && std::is_same_v<A, float>) {
+        if (j % 2) continue;
+        const A low = v[j], high = v[j + 1];
+        pack.words[j / 2] = std::is_same_v<T, bf16> ? hw::to_bfloat_pair(low, high) : hw::to_half_pair(low, high);
+      } else {
+        pack.put(j, narrow<T>(v[j]));
+      }
+    }
+    return pack;
+  }
+
+  BHYT_DEVICE static Pack zero() {
+    Pack pack;
+#pragma unroll
+    for (int i = 0; i < kWords; ++i) pack.words[i] = 0;
+    return pack;
+  }
+
+  // Elements first .. first + W - 1 of a row of d; beyond d they are 0.
+  template <bool wide>
+  BHYT_DEVICE static Pack load(const T* row, int64_t first, int64_t d) {
+    Pack pack;
+    if constexpr (wide) {
+#pragma unroll
+      for (int i = 0; i < kWords; i += kAccess)
+        hw::load_words<kAccess>(pack.words + i, reinterpret_cast<const uint32_t*>(row + first) + i);
+    } else {
+      pack = zero();
+#pragma unroll
+      for (int j = 0; j < W; ++j)
+        if (first + j < d) pack.put(j, row[first + j]);
+    }
+    return pack;
+  }
+
+  template <bool wide>
+  BHYT_DEVICE void store(T* row, int64_t first, int64_t d) const {
+    if constexpr (wide) {
+#pragma unroll
+      for (int i = 0; i < kWords; i += kAccess)
+        hw::store_words<kAccess>(reinterpret_cast<uint32_t*>(row + first) + i, words + i);
+    } else {
+#pragma unroll
+      for (int j = 0; j < W; ++j)
+        if (first + j < d) row[first + j] = element(j);
+    }
+  }
+
+ private:
+  // Into a pack whose element j is still 0 or was not yet written while its neighbours' bits are in place.
+  BHYT_DEVICE void put(int j, T v) {
+    if constexpr (sizeof(T) == 2) {
+      words[j / 2] = j % 2 ? (words[j / 2] & 0xffffu) | uint32_t(v.bits) << 16 : v.bits;
+    } else if constexpr (sizeof(T) == 4) {
+      words[j] = hw::float_to_bits(v);
+    } else {
+      words[2 * j] = hw::low_bits(v);
+      words[2 * j + 1] = hw::high_bits(v);
+    }
+  }
+
+  BHYT_DEVICE T element(int j) const {
+    if constexpr (sizeof(T) == 2) {
+      return {static_cast<uint16_t>(j % 2 ? words[j / 2] >> 16 : words[j / 2])};
+    } else if constexpr (sizeof(T) == 4) {
+      return hw::bits_to_float(words[j]);
+    } else {
+      return hw::bits_to_double(words[2 * j], words[2 * j + 1]);
+    }
+  }
+};
+
+// A gain of any dtype, known at run time only: read element by element and kept in the arithmetic type.
+struct AnyFloat {};
+
+// The gains of one pack of columns; 1 where the site has none.
+template <class Weight, class A, int W>
+struct Gains {
+  Pack<Weight, W> pack;
+
+  BHYT_DEVICE static Gains ones() {
+    float one[W];
+#pragma unroll
+    for (int j = 0; j < W; ++j) one[j] = 1;
+    return {Pack<Weight, W>::of(one)};
+  }
+
+  template <bool wide>
+  BHYT_DEVICE static Gains load(const Values& weight, int64_t first, int64_t d) {
+    if (weight.data == nullptr) return ones();
+    return {Pack<Weight, W>::template load<wide>(static_cast<const Weight*>(weight.data), first, d)};
+  }
+
+  BHYT_DEVICE A get(int j) const { return pack.template get<A>(j); }
+};
+
+template <class A, int W>
+struct Gains<AnyFloat, A, W> {
+  A values[W];
+
+  template <bool wide>
+  BHYT_DEVICE static Gains load(const Values& weight, int64_t first, int64_t d) {
+    Gains gains;
+#pragma unroll
+    for (int j = 0; j < W; ++j) gains.values[j] = weight.data && first + j < d ? read<A>(weight, first + j) : A(1);
+    return gains;
+  }
+
+  BHYT_DEVICE A get(int j) const { return values[j]; }
+};
+
+}  // namespace bhyt::cuda
