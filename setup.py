@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 from setuptools import setup
+from torch.utils import cpp_extension
 from torch.utils.cpp_extension import BuildExtension, CppExtension
 
 ROOT = Path(__file__).parent
@@ -25,29 +26,51 @@ def cuda_home():
     wanted = os.environ.get("BHYT_CUDA", "")
     if wanted == "0":
         return None
-    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
-    if not home:
-        nvcc = shutil.which("nvcc")
-        # A wrapper script on the path need not sit in the toolkit's own folder.
-        candidates = [Path(nvcc).resolve().parent.parent] if nvcc else []
-        candidates.append(Path("/usr/local/cuda"))
-        home = next((c for c in candidates if (c / "bin" / "nvcc").exists() and (c / "include").exists()), None)
-    if home and (Path(home) / "bin" / "nvcc").exists():
-        return str(home)
+    nvcc = shutil.which("nvcc")
+    candidates = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"),
+                  Path(nvcc).resolve().parent.parent if nvcc else None, "/usr/local/cuda"]
+    for candidate in filter(None, candidates):  # a wrapper script on the path need not sit in the toolkit's own folder
+        home = Path(candidate)
+        if (home / "bin" / "nvcc").exists() and (home / "include" / "cuda_runtime_api.h").exists():
+            return str(home)
     if wanted == "1":
         sys.exit("bhyt: BHYT_CUDA=1 asks for the CUDA kernels, but nvcc was not found: set CUDA_HOME")
     print("bhyt: nvcc not found, building for the CPU only", file=sys.stderr)
     return None
 
 
+# -fopenmp only when compiling: at::parallel_for then uses the OpenMP runtime that torch has loaded, and no second one
+# is linked. -ffp-contract=off: the same arithmetic from every compiler.
+CXX_FLAGS = ["-O3", "-g0", "-fopenmp", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math",
+             "-fvisibility=hidden", "-Wall", "-Wno-unknown-pragmas", "-Wno-psabi", "-Wno-maybe-uninitialized"]
+
+NVCC_FLAGS = ["-O3", "-std=c++17", "-Xptxas=-v", "-Xfatbin=-compress-all"]
+
+
+def sources(*patterns):
+    return sorted(str(p.relative_to(ROOT)) for pattern in patterns for p in ROOT.glob(pattern))
+
+
 def extension():
-    sources = sorted(str(p.relative_to(ROOT)) for folder in ("csrc", "csrc/cpu") for p in ROOT.glob(f"{folder}/*.cpp"))
-    # -fopenmp only when compiling: at::parallel_for then uses the OpenMP runtime that torch has loaded, and no second
-    # one is linked. -ffp-contract=off: the same arithmetic from every compiler.
-    compile_args = ["-O3", "-fopenmp", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math",
-                    "-fvisibility=hidden", "-Wall", "-Wno-unknown-pragmas", "-Wno-psabi", "-Wno-maybe-uninitialized"]
-    return CppExtension("bhyt._ops", sources, include_dirs=[str(ROOT / "csrc")], py_limited_api=True,
-                        extra_compile_args={"cxx": compile_args})
+    home = cuda_home()
+    if home is None:
+        return CppExtension("bhyt._ops", sources("csrc/*.cpp", "csrc/cpu/*.cpp"), include_dirs=[str(ROOT / "csrc")],
+                            py_limited_api=True, extra_compile_args={"cxx": CXX_FLAGS})
+    # A CppExtension, not a CUDAExtension: this also builds, and is tested, where torch itself is a CPU build. The CUDA
+    # runtime is linked in; the kernels know nothing of torch.
+    cpp_extension.CUDA_HOME = home
+    archs = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in CUDA_ARCHS]
+    archs.append(f"-gencode=arch=compute_{CUDA_ARCHS[-1]},code=compute_{CUDA_ARCHS[-1]}")
+    return CppExtension(
+        "bhyt._ops",
+        sources("csrc/*.cpp", "csrc/cpu/*.cpp", "csrc/cuda/*.cpp", "csrc/cuda/*.cu"),
+        include_dirs=[str(ROOT / "csrc"), str(Path(home) / "include")],
+        library_dirs=[str(Path(home) / folder) for folder in ("lib64", "lib") if (Path(home) / folder).is_dir()],
+        libraries=["cudart_static", "rt", "dl", "pthread"],
+        py_limited_api=True,
+        define_macros=[("BHYT_CUDA", None)],
+        extra_compile_args={"cxx": CXX_FLAGS, "nvcc": [*NVCC_FLAGS, *archs]},
+    )
 
 
 class Build(BuildExtension):

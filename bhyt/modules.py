@@ -13,6 +13,8 @@ from typing import Tuple, Union
 import torch
 from torch import Tensor, nn
 
+from bhyt import functional as F
+
 
 class _Site(nn.Module):
     """Parameters and options that exact and approximate sites share."""
@@ -95,20 +97,20 @@ class BHyT(_Site):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., d] -> y [..., d] in x's dtype."""
-        return torch.ops.bhyt.forward(x, self.weight, self.lam, self.kappa, self.eps)[0]
+        return F.forward(x, self.weight, self.lam, self.kappa, self.eps)[0]
 
     def forward_with_variance(self, x: Tensor) -> Tuple[Tensor, Tensor]:
         """x [..., d] -> (y [..., d], variance [..., 1]); the variance is what the block's approximate site takes."""
-        return torch.ops.bhyt.forward(x, self.weight, self.lam, self.kappa, self.eps)
+        return F.forward(x, self.weight, self.lam, self.kappa, self.eps)
 
     def forward_add(self, x: Tensor, residual: Tensor) -> Tuple[Tensor, Tensor]:
         """(x, residual) [..., d] -> (y, sum) with sum = x + residual and y = self(sum); sum has residual's dtype."""
-        y, total, _ = torch.ops.bhyt.add_forward(x, residual, self.weight, self.lam, self.kappa, self.eps)
+        y, total, _ = F.add_forward(x, residual, self.weight, self.lam, self.kappa, self.eps)
         return y, total
 
     def forward_add_with_variance(self, x: Tensor, residual: Tensor) -> Tuple[Tensor, Tensor, Tensor]:
         """(x, residual) [..., d] -> (y, sum, variance [..., 1] of the sum)."""
-        return torch.ops.bhyt.add_forward(x, residual, self.weight, self.lam, self.kappa, self.eps)
+        return F.add_forward(x, residual, self.weight, self.lam, self.kappa, self.eps)
 
 
 class BHyTApprox(_Site):
@@ -149,7 +151,18 @@ class BHyTApprox(_Site):
             dtype=dtype,
         )
         self.register_buffer("variance_offset", torch.zeros((), device=device, dtype=torch.float32), persistent=False)
+
+    def reset_parameters(self) -> None:
+        """weight to 1, lam to the value given at construction; the offset counts as not set."""
+        super().reset_parameters()
         self.offset_is_set = False
+
+    def _apply(self, fn, recurse=True):
+        was_meta = self.variance_offset.is_meta
+        super()._apply(fn, recurse)
+        if was_meta and not self.variance_offset.is_meta:  # to_empty: memory, but no value yet
+            self.offset_is_set = False
+        return self
 
     def set_variance_offset(self, offset: Union[Tensor, float]) -> None:
         """Set v' - v, one non-negative number; stored as float32 on the site's device, without gradient."""
@@ -177,13 +190,13 @@ class BHyTApprox(_Site):
     def forward(self, x: Tensor, variance: Tensor) -> Tensor:
         """x [..., d], variance [..., 1] of the block's exact site -> y [..., d] in x's dtype."""
         self._check_offset()
-        return torch.ops.bhyt.forward_approx(
+        return F.forward_approx(
             x, variance, self.variance_offset, self.weight, self.lam, self.kappa, self.eps
         )
 
     def forward_add(self, x: Tensor, residual: Tensor, variance: Tensor) -> Tuple[Tensor, Tensor]:
         """(x, residual) [..., d], variance [..., 1] -> (y, sum) with sum = x + residual in residual's dtype."""
         self._check_offset()
-        return torch.ops.bhyt.add_forward_approx(
+        return F.add_forward_approx(
             x, residual, variance, self.variance_offset, self.weight, self.lam, self.kappa, self.eps
         )

@@ -158,8 +158,8 @@ struct SiteBackward : torch::autograd::Node {
     args.collect(offset, false);
     args.collect(weight, false);
     args.collect(lam, false);
-    args.collect(at::IValue(kappa));
-    args.collect(at::IValue(eps));
+    args.collect(kappa);
+    args.collect(eps);
   }
 
   static variable_list apply_packed(const variable_list& grads, const std::vector<at::IValue>& packed) {
@@ -196,8 +196,8 @@ struct SiteBackward : torch::autograd::Node {
   }
 };
 
-// Nodes are held by intrusive pointers in newer versions of torch, by shared pointers in older ones; deleteNode, found by
-// argument-dependent look-up, exists in the latter only.
+// Nodes are held by intrusive pointers in newer versions of torch, by shared pointers in older ones; deleteNode, found
+// by argument-dependent look-up, exists in the latter only.
 template <typename T, typename Node = torch::autograd::Node>
 auto make_node() {
   if constexpr (std::is_base_of_v<c10::intrusive_ptr_target, Node>)

@@ -122,13 +122,15 @@ struct ForwardCall {
 struct BackwardCall {
   BackwardParams params;
   Tensor grad_x, grad_variance, grad_weight, grad_lam;
+  bool empty = false;  // no element to work on: the gradients are zeros already
 
   struct Wanted {
     bool x, variance, weight, lam;
   };
 
   BackwardCall(Allocate allocate, bool exact, const Tensor& grad_y, const OptionalTensor& grad_variance_in,
-               const OptionalTensor& grad_sum, const Tensor& x, const Tensor& variance, const OptionalTensor& offset, const OptionalTensor& weight,
+               const OptionalTensor& grad_sum, const Tensor& x, const Tensor& variance, const OptionalTensor& offset,
+               const OptionalTensor& weight,
                const Tensor& lam, double kappa, double eps, Wanted wanted) {
     checks::site(x, weight, lam, kappa, eps);
     checks::gradients(grad_y, grad_sum, x);
@@ -151,6 +153,9 @@ struct BackwardCall {
     if (wanted.variance && !exact) params.grad_variance_out = gradient_of(variance, grad_variance);
     if (wanted.weight && weight) params.grad_weight = gradient_of(*weight, grad_weight);
     if (wanted.lam) params.grad_lam = gradient_of(lam, grad_lam);
+    if (empty = x.numel() == 0; empty)
+      for (Tensor* grad : {&grad_x, &grad_variance, &grad_weight, &grad_lam})
+        if (grad->defined()) grad->zero_();
   }
 
  private:
@@ -203,7 +208,7 @@ struct DeviceOps {
                                                      std::array<bool, 3> output_mask) {
     BackwardCall call(allocate, true, grad_y, grad_variance, grad_sum, x, variance, {}, weight, lam, kappa, eps,
                       {output_mask[0], false, output_mask[1], output_mask[2]});
-    run_backward(call.params, x);
+    if (!call.empty) run_backward(call.params, x);
     return {std::move(call.grad_x), std::move(call.grad_weight), std::move(call.grad_lam)};
   }
 
@@ -213,7 +218,7 @@ struct DeviceOps {
       std::array<bool, 4> output_mask) {
     BackwardCall call(allocate, false, grad_y, {}, grad_sum, x, variance, variance_offset, weight, lam, kappa, eps,
                       {output_mask[0], output_mask[1], output_mask[2], output_mask[3]});
-    run_backward(call.params, x);
+    if (!call.empty) run_backward(call.params, x);
     return {std::move(call.grad_x), std::move(call.grad_variance), std::move(call.grad_weight),
             std::move(call.grad_lam)};
   }

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <vector>
 
 #include "params.h"
 
@@ -40,7 +41,10 @@ struct Kernels {
   void (*widen)(const Values& from, DType stream, int64_t n, void* to);
 };
 
-// capability: what at::get_cpu_capability() says ("AVX512", "AVX2", anything else).
+// Tables this CPU can run, plainest first.
+std::vector<const Kernels*> runnable_kernels();
+
+// The best of them within a capability as at::get_cpu_capability() names it ("AVX512", "AVX2", anything else).
 const Kernels& kernels_for(const char* capability);
 
 }  // namespace bhyt::cpu

@@ -77,7 +77,8 @@ inline void prefetch(const T* row, int64_t j, int k) {
   if (row != nullptr) __builtin_prefetch(row + j + k * V::N);
 }
 
-// X: branch, R: stream, A: accumulate type in memory (weight, variances).
+// X: branch, R: stream, A: accumulate type in memory (weight, variances). tanh is as accurate as the stream
+// asks, so that a narrow branch on a wide stream gets what the two steps would give it: y of the sum, rounded.
 template <typename V, typename X, typename R, typename A>
 void forward_rows(const ForwardParams& p, const void* weight_data, int64_t begin, int64_t end) {
   using F = typename V::F;
@@ -125,7 +126,7 @@ void forward_rows(const ForwardParams& p, const void* weight_data, int64_t begin
           prefetch<V>(next_residual, j, k);
           z[k] = V::mul(a, load(j, span, k));
         }
-        tanh_group<V, X>(z, t);
+        tanh_group<V, R>(z, t);
         for (int k = 0; k < span.count; ++k)
           span.template store<V>(y + j, k, weight ? V::mul(t[k], span.template load<V>(weight + j, k)) : t[k]);
       });
@@ -172,7 +173,7 @@ void backward_chunks(const BackwardParams& p, const void* weight_data, const Par
           xs[k] = span.template load<V>(x + j, k);
           z[k] = V::mul(a, xs[k]);
         }
-        tanh_and_slope_group<V, X>(z, t, slope);
+        tanh_and_slope_group<V, R>(z, t, slope);
         for (int k = 0; k < span.count; ++k) {
           const F upstream = span.template load<V>(grad_y + j, k);
           F g = V::mul(upstream, slope[k]);
@@ -229,59 +230,3 @@ void sum_columns(const BackwardParams& p, const Partials& partials, int64_t begi
     }
   });
 }
-
-// The dtypes of a call become template arguments here. A float64 stream is worked in double lanes.
-void forward(const ForwardParams& p, const void* weight, int64_t begin, int64_t end) {
-  with_type(p.branch, [&](auto* branch) {
-    using X = std::remove_const_t<std::remove_pointer_t<decltype(branch)>>;
-    if (p.stream == DType::f64) return forward_rows<Wide, X, double, double>(p, weight, begin, end);
-    if constexpr (!std::is_same_v<X, double>) {
-      if (p.stream == p.branch) return forward_rows<Float, X, X, float>(p, weight, begin, end);
-      return forward_rows<Float, X, float, float>(p, weight, begin, end);
-    }
-  });
-}
-
-void backward(const BackwardParams& p, const void* weight, const Partials& partials, int64_t begin, int64_t end) {
-  with_type(p.branch, [&](auto* branch) {
-    using X = std::remove_const_t<std::remove_pointer_t<decltype(branch)>>;
-    if (p.stream == DType::f64) return backward_chunks<Wide, X, double, double>(p, weight, partials, begin, end);
-    if constexpr (!std::is_same_v<X, double>) {
-      if (p.stream == p.branch) return backward_chunks<Float, X, X, float>(p, weight, partials, begin, end);
-      return backward_chunks<Float, X, float, float>(p, weight, partials, begin, end);
-    }
-  });
-}
-
-void sum_weight(const BackwardParams& p, const Partials& partials, int64_t begin, int64_t end) {
-  with_type(p.weight.dtype, [&](auto* type) {
-    using W = std::remove_const_t<std::remove_pointer_t<decltype(type)>>;
-    if (p.stream == DType::f64) return sum_columns<Wide, double, W>(p, partials, begin, end);
-    using V = std::conditional_t<std::is_same_v<W, double>, Wide, Float>;
-    sum_columns<V, float, W>(p, partials, begin, end);
-  });
-}
-
-void sum_lam(const BackwardParams& p, const Partials& partials) {
-  const double* chunks = static_cast<const double*>(partials.lam);
-  double total = 0;
-  for (int64_t c = 0; c < chunks_of(p.rows).count; ++c) total += chunks[c];
-  write(total, p.lam.dtype, p.grad_lam);
-}
-
-void widen_values(const Values& from, DType stream, int64_t n, void* to) {
-  with_type(from.dtype, [&](auto* type) {
-    const auto* p = static_cast<decltype(type)>(from.data);
-    if (stream == DType::f64) {
-      for (int64_t i = 0; i < n; ++i) static_cast<double*>(to)[i] = widen(p[i]);
-      return;
-    }
-    using V = std::conditional_t<sizeof(*p) == sizeof(double), Wide, Float>;
-    sweep<V>(0, n, [&](int64_t j, auto span) {
-      for (int k = 0; k < span.count; ++k)
-        span.template store<V>(static_cast<float*>(to) + j, k, span.template load<V>(p + j, k));
-    });
-  });
-}
-
-constexpr Kernels kernels = {BHYT_TIER_NAME, forward, backward, sum_weight, sum_lam, widen_values};

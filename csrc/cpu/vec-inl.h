@@ -27,7 +27,7 @@ struct Float {
   static F min_of(F limit, F x) { return _mm512_min_ps(limit, x); }
   static F abs(F x) { return _mm512_abs_ps(x); }
   static F copy_sign(F magnitude, F sign) {
-    const __m512i mask = _mm512_set1_epi32(static_cast<int>(0x80000000));  // 0xe4: bits of `sign` where set
+    const __m512i mask = _mm512_set1_epi32(static_cast<int>(0x80000000));  // 0xca: where set, the second operand
     return _mm512_castsi512_ps(_mm512_ternarylogic_epi32(mask, _mm512_castps_si512(sign),
                                                          _mm512_castps_si512(magnitude), 0xca));
   }
@@ -58,6 +58,11 @@ struct Float {
   }
   static F from_bits(__m256i bits, const f16*) { return _mm512_cvtph_ps(bits); }
   static __m256i to_bits(F x, const bf16*) {
+#if defined(BHYT_AVX512_BF16)
+    // Two instructions for ten, but they flush subnormals to zero: those take the long way.
+    if (__builtin_expect(_mm512_fpclass_ps_mask(x, 0x20) == 0, 1))
+      return bit_cast<__m256i>(_mm512_cvtneps_pbh(x));
+#endif
     const __m512i bits = _mm512_castps_si512(x);
     const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
     __m512i rounded = _mm512_add_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x7fff)), odd);

@@ -27,7 +27,7 @@ BHYT_DEVICE A gradient(const Pack<Stream, W>& x_pack, const Pack<Branch, W>& gra
   x_pack.get_all(x);
 #pragma unroll
   for (int j = 0; j < W; ++j) z[j] = hw::mul(a, x[j]);
-  tanh_and_slope(z, t, u);
+  tanh_and_slope<sizeof(Stream) == 2>(z, t, u);
 #pragma unroll
   for (int j = 0; j < W; ++j) {
     const A dy = grad_y.template get<A>(j);
@@ -63,14 +63,16 @@ BHYT_DEVICE Pack<Stream, W> grad_x_pack(const A (&g)[W], const Pack<Stream, W>& 
   return Pack<Stream, W>::of(dx);
 }
 
-// Wide. Persistent blocks: a group of threads goes through rows, its packs of the next row on their way while this one's
-// sum is made; the columns' sums stay in registers until the end, when the block's groups add theirs in turn.
+// Wide. Persistent blocks: a group of threads goes through rows, its packs of the next row on their way while this
+// one's sum is made; the columns' sums stay in registers until the end, when the block's groups add theirs in turn.
 template <class Branch, class Stream, class Weight, bool exact>
 BHYT_KERNEL(kMaxThreads) backward_rows_persistent(const BackwardParams p, const Constants<float> constants,
                                                   const Ladder ladder, const Partials<float> out) {
   using A = float;
   constexpr int W = kPackWidth<Stream>;
   constexpr int N = kBackwardElements / W;
+  // 16-bit gains stay in registers beside 16-bit rows; others are read again for every row, from L1.
+  constexpr bool keep_gains = sizeof(Weight) == 2 && sizeof(Stream) == 2;
   using StreamPack = Pack<Stream, W>;
   using BranchPack = Pack<Branch, W>;
   auto& slots = *reinterpret_cast<SumSlots<A>*>(hw::shared());
@@ -85,6 +87,10 @@ BHYT_KERNEL(kMaxThreads) backward_rows_persistent(const BackwardParams p, const 
   const auto* const grad_y_rows = static_cast<const Branch*>(p.grad_y.data);
   const auto* const grad_sum_rows = static_cast<const Stream*>(p.grad_sum.data);
 
+  const auto load_gains = [&](int k) {
+    return exists(k) ? Gains<Weight, A, W>::template load<true>(p.weight, pack_of(k) * W, p.d)
+                     : Gains<Weight, A, W>::ones();
+  };
   StreamPack x[N], next_x[N];
   BranchPack grad_y[N];
   Gains<Weight, A, W> gains[N];
@@ -93,8 +99,7 @@ BHYT_KERNEL(kMaxThreads) backward_rows_persistent(const BackwardParams p, const 
   for (int k = 0; k < N; ++k) {
     next_x[k] = StreamPack::zero();
     grad_y[k] = BranchPack::zero();
-    gains[k] = Gains<Weight, A, W>::ones();
-    if (exists(k)) gains[k] = Gains<Weight, A, W>::template load<true>(p.weight, pack_of(k) * W, p.d);
+    if (keep_gains) gains[k] = load_gains(k);
 #pragma unroll
     for (int j = 0; j < W; ++j) columns[k][j] = 0;
   }
@@ -121,6 +126,7 @@ BHYT_KERNEL(kMaxThreads) backward_rows_persistent(const BackwardParams p, const 
     A g[N][W], sum = 0;
 #pragma unroll
     for (int k = 0; k < N; ++k) {
+      if (!keep_gains) gains[k] = load_gains(k);
       x[k] = next_x[k];
       if (inside && exists(k)) sum = hw::add(sum, gradient(x[k], grad_y[k], gains[k], scale.a, g[k], columns[k]));
     }
@@ -143,7 +149,7 @@ BHYT_KERNEL(kMaxThreads) backward_rows_persistent(const BackwardParams p, const 
     };
     if constexpr (!exact) store_grad_x(A(0));
     if (need_sum) {
-      sum = group_sum(sum, ladder, at, slots, turn);
+      sum = group_sum<true>(sum, ladder, at, slots, turn);
       if (ladder.parts > 1) sum = cluster_sum(sum, ladder, at, slots, turn);
       if (inside) {
         lam = hw::fma(scale.per_lam, sum, lam);
@@ -322,11 +328,12 @@ Plan plan_of(const BackwardParams& p, const Device& device) {
   plan.ladder = backward_ladder(p.d, p.stream);
   plan.columns = columns_for(p.d, p.stream, 128, 1);
   plan.wide = p.stream != DType::f64 && is_wide(p);
-  plan.persistent = plan.wide && tuned_weight(p) &&
-                    (plan.ladder.parts == 1 || (plan.ladder.fits_a_cluster() && device.clusters));
+  const int64_t resident = plan.ladder.fits_a_cluster()
+                               ? persistent_blocks(plan.ladder, device.multiprocessors, device.resident_clusters)
+                               : 0;
+  plan.persistent = plan.wide && tuned_weight(p) && resident > 0;
   if (plan.persistent) {
-    plan.blocks = std::min(ceil_div(p.rows, plan.ladder.groups),
-                           std::max<int64_t>(1, persistent_blocks(plan.ladder, device.multiprocessors)));
+    plan.blocks = std::min(ceil_div(p.rows, plan.ladder.groups), resident);
   } else {
     plan.blocks = std::min(p.rows, ceil_div(16 * int64_t(device.multiprocessors), plan.columns.blocks));
   }
@@ -349,6 +356,10 @@ Partials<A> partials_of(const BackwardParams& p, const Plan& plan, void* workspa
   return out;
 }
 
+int64_t persistent_shared_bytes(const Ladder& ladder) {
+  return sizeof(SumSlots<float>) + sizeof(float) * (kBackwardElements * ladder.threads + 1);
+}
+
 template <class Branch, class Stream>
 cudaError_t run_persistent(const BackwardParams& p, const Plan& plan, const Partials<float>& out, cudaStream_t on) {
   const auto constants = constants_of<Accumulate<Stream>>(p);
@@ -357,12 +368,13 @@ cudaError_t run_persistent(const BackwardParams& p, const Plan& plan, const Part
   grid.blocks_y = grid.cluster = plan.ladder.parts;
   grid.threads_x = plan.ladder.threads;
   grid.threads_y = plan.ladder.groups;
-  grid.shared_bytes = sizeof(SumSlots<float>) + sizeof(float) * (kBackwardElements * plan.ladder.threads + 1);
+  grid.shared_bytes = persistent_shared_bytes(plan.ladder);
   grid.stream = on;
   const auto run = [&](auto weight) {
     using Weight = typename decltype(weight)::type;
-    return p.exact ? launch(backward_rows_persistent<Branch, Stream, Weight, true>, grid, p, constants, plan.ladder, out)
-                   : launch(backward_rows_persistent<Branch, Stream, Weight, false>, grid, p, constants, plan.ladder, out);
+    const auto kernel = p.exact ? backward_rows_persistent<Branch, Stream, Weight, true>
+                                : backward_rows_persistent<Branch, Stream, Weight, false>;
+    return launch(kernel, grid, p, constants, plan.ladder, out);
   };
   return p.weight.data == nullptr || p.weight.dtype == p.branch ? run(Type<Branch>()) : run(Type<float>());
 }
@@ -387,8 +399,9 @@ cudaError_t run_split(const BackwardParams& p, const Plan& plan, const Partials<
   grid.threads_x = plan.columns.threads;
   grid.threads_y = 1;
   grid.shared_bytes = 0;
-  return p.exact ? launch(backward_columns<Branch, Stream, true, wide>, grid, p, constants, plan.ladder.row_packs, out)
-                 : launch(backward_columns<Branch, Stream, false, wide>, grid, p, constants, plan.ladder.row_packs, out);
+  const auto kernel = p.exact ? backward_columns<Branch, Stream, true, wide>
+                              : backward_columns<Branch, Stream, false, wide>;
+  return launch(kernel, grid, p, constants, plan.ladder.row_packs, out);
 }
 
 template <class A>
@@ -400,12 +413,41 @@ cudaError_t run_sums(const BackwardParams& p, const Plan& plan, const Partials<A
   grid.threads_x = kStripe;
   grid.threads_y = kSlices;
   grid.shared_bytes = sizeof(A) * kStripe * kSlices;
-  grid.overlaps_last = plan.persistent && device.clusters;
+  grid.overlaps_last = plan.persistent && device.hopper_or_later;
   grid.stream = on;
   return launch(sum_partials<A>, grid, p, in);
 }
 
 }  // namespace
+
+#ifdef __CUDACC__
+cudaError_t describe(int index, Device* device) {
+  *device = {};
+  device->index = index;
+  int major = 0;
+  cudaError_t error = cudaDeviceGetAttribute(&device->multiprocessors, cudaDevAttrMultiProcessorCount, index);
+  if (error == cudaSuccess) error = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, index);
+  device->hopper_or_later = error == cudaSuccess && major >= 9;
+  for (int i = 1; device->hopper_or_later && i < kClusterSizes; ++i) {
+    Ladder ladder;
+    ladder.threads = kMaxThreads;
+    cudaLaunchAttribute cluster;
+    cluster.id = cudaLaunchAttributeClusterDimension;
+    cluster.val.clusterDim = {1, 1u << i, 1};
+    cudaLaunchConfig_t config = {};
+    config.gridDim = dim3(device->multiprocessors, 1u << i);
+    config.blockDim = dim3(kMaxThreads);
+    config.dynamicSmemBytes = persistent_shared_bytes(ladder);
+    config.attrs = &cluster;
+    config.numAttrs = 1;
+    int* const count = &device->resident_clusters[i];
+    if (cudaOccupancyMaxActiveClusters(count, backward_rows_persistent<bf16, bf16, bf16, true>, &config) != cudaSuccess)
+      *count = 0;
+    cudaGetLastError();
+  }
+  return error;
+}
+#endif
 
 int64_t backward_workspace(const BackwardParams& p, const Device& device) {
   return plan_of(p, device).elements * size_of(accumulate_dtype(p.stream));

@@ -24,62 +24,51 @@
 namespace bhyt {
 namespace {
 
-int attribute(cudaDeviceAttr which, int device) {
-  int value = 0;
-  const cudaError_t error = cudaDeviceGetAttribute(&value, which, device);
-  TORCH_CHECK(error == cudaSuccess, "bhyt: device cuda:", device, ": ", cudaGetErrorString(error));
-  return value;
+void check(cudaError_t error, int index) {
+  if (error == cudaSuccess) return;
+  if (error == cudaErrorNoKernelImageForDevice || error == cudaErrorInvalidDeviceFunction) {
+    cudaDeviceProp properties;
+    const bool known = cudaGetDeviceProperties(&properties, index) == cudaSuccess;
+    TORCH_CHECK(false, "bhyt: no kernels for device cuda:", index, " (", known ? properties.name : "unknown",
+                ", compute capability ", known ? properties.major : 0, ".", known ? properties.minor : 0,
+                "): this build has ", cuda::archs(), "; build bhyt from source for it");
+  }
+  TORCH_CHECK(false, "bhyt: device cuda:", index, ": ", cudaGetErrorString(error));
 }
 
-// Asked of the driver once per device.
-const cuda::Device& known_device(const Tensor& x) {
+// This library has a CUDA runtime of its own, beside torch's: both follow the thread's current device, which torch's
+// guard sets; asking costs less than being wrong.
+void make_current(int index) {
+  int current = -1;
+  if (cudaGetDevice(&current) == cudaSuccess && current == index) return;
+  check(cudaSetDevice(index), index);
+}
+
+// The device of x, current from here on; the driver is asked about it once.
+const cuda::Device& use_device_of(const Tensor& x) {
   constexpr int kMost = 64;
   static std::array<std::once_flag, kMost> asked;
   static std::array<cuda::Device, kMost> known;
   const int index = x.device().index();
   TORCH_CHECK(index >= 0 && index < kMost, "bhyt: x: expected device cuda:0 .. cuda:", kMost - 1, ", got ",
               x.device());
-  std::call_once(asked[index], [index] {
-    known[index] = {index, attribute(cudaDevAttrMultiProcessorCount, index),
-                    attribute(cudaDevAttrComputeCapabilityMajor, index) >= 9};
-  });
+  make_current(index);
+  std::call_once(asked[index], [index] { check(cuda::describe(index, &known[index]), index); });
   return known[index];
-}
-
-void check_launch(cudaError_t error, const cuda::Device& device) {
-  if (error == cudaSuccess) return;
-  if (error == cudaErrorNoKernelImageForDevice || error == cudaErrorInvalidDeviceFunction) {
-    cudaDeviceProp properties;
-    const bool known = cudaGetDeviceProperties(&properties, device.index) == cudaSuccess;
-    TORCH_CHECK(false, "bhyt: no kernels for device cuda:", device.index, " (", known ? properties.name : "unknown",
-                ", compute capability ", known ? properties.major : 0, ".", known ? properties.minor : 0,
-                "): this build has ", cuda::archs(), "; build bhyt from source for it");
-  }
-  TORCH_CHECK(false, "bhyt: device cuda:", device.index, ": ", cudaGetErrorString(error));
-}
-
-// This library has a CUDA runtime of its own, beside torch's: both follow the thread's current device, which torch's
-// guard sets; asking costs less than being wrong.
-void make_current(const cuda::Device& device) {
-  int current = -1;
-  if (cudaGetDevice(&current) == cudaSuccess && current == device.index) return;
-  check_launch(cudaSetDevice(device.index), device);
 }
 
 void run_forward(const ForwardParams& p, const Tensor& x) {
   const c10::DeviceGuard guard(x.device());
-  const cuda::Device& device = known_device(x);
-  make_current(device);
-  check_launch(cuda::forward(p, device, BHYT_STREAM_OF(x.device())), device);
+  const cuda::Device& device = use_device_of(x);
+  check(cuda::forward(p, device, BHYT_STREAM_OF(x.device())), device.index);
 }
 
 void run_backward(const BackwardParams& p, const Tensor& x) {
   const c10::DeviceGuard guard(x.device());
-  const cuda::Device& device = known_device(x);
-  make_current(device);
+  const cuda::Device& device = use_device_of(x);
   const int64_t bytes = cuda::backward_workspace(p, device);
   const Tensor workspace = at::empty({bytes}, x.options().dtype(at::kByte));
-  check_launch(cuda::backward(p, workspace.mutable_data_ptr(), device, BHYT_STREAM_OF(x.device())), device);
+  check(cuda::backward(p, workspace.mutable_data_ptr(), device, BHYT_STREAM_OF(x.device())), device.index);
 }
 
 }  // namespace

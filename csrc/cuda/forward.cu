@@ -229,7 +229,8 @@ cudaError_t exact(const ForwardParams& p, const Device& device, cudaStream_t on)
   const auto constants = constants_of<Accumulate<Stream>>(p);
   const bool wide = is_wide(p);
   if constexpr (!std::is_same_v<Stream, double>) {
-    if (wide && (ladder.parts == 1 || (ladder.fits_a_cluster() && device.clusters))) {
+    const bool cluster = ladder.fits_a_cluster() && device.resident_clusters[cluster_index(ladder)] > 0;
+    if (wide && (ladder.parts == 1 || cluster)) {
       if (p.weight.data == nullptr || p.weight.dtype == p.branch)
         return exact_in_registers<Branch, Stream, Branch, residual_added>(p, ladder, grid);
       if (p.weight.dtype == DType::f32)

@@ -97,6 +97,10 @@ BHYT_DEVICE float copysign(float a, float b) { return copysignf(a, b); }
 BHYT_DEVICE double exp(double a) { return ::exp(a); }
 BHYT_DEVICE double tanh(double a) { return ::tanh(a); }
 
+// Computes v here and once: the compiler will not make it anew, divisions and all, where it is short of registers.
+BHYT_DEVICE void pin(float& v) { asm volatile("" : "+f"(v)); }
+BHYT_DEVICE void pin(double& v) { asm volatile("" : "+d"(v)); }
+
 // 2^a within 2 ulp.
 BHYT_DEVICE float exp2_approx(float a) {
   float r;

@@ -66,12 +66,18 @@ inline Ladder backward_ladder(int64_t d, DType stream) {
   return ladder_for(d, pack_width(stream), kBackwardElements / pack_width(stream), kMaxThreads);
 }
 
-// Blocks of a persistent kernel along the rows, for rows without end. A block of 512 threads takes the registers of a
-// multiprocessor; smaller ones, of rows whose threads don't divide 512, come in pairs where they fit. More blocks than
-// fit would only be slower.
-inline int64_t persistent_blocks(const Ladder& l, int multiprocessors) {
-  const int block_threads = l.threads * l.groups;
-  return int64_t(multiprocessors) * (block_threads <= 320 ? 2 : 1) / l.parts;
+// The i of 2^i = parts: how Device::resident_clusters is indexed.
+inline int cluster_index(const Ladder& l) {
+  int i = 0;
+  while (1 << i < l.parts) ++i;
+  return i;
+}
+
+// Blocks of a persistent kernel along the rows, for rows without end: as many as run at once, one per multiprocessor,
+// whose registers 512 threads take. Two where threads don't divide 512 so badly that half of them would be missing.
+inline int64_t persistent_blocks(const Ladder& l, int multiprocessors, const int* resident_clusters) {
+  if (l.parts > 1) return resident_clusters[cluster_index(l)];
+  return int64_t(multiprocessors) * (l.threads * l.groups <= kMaxThreads / 2 ? 2 : 1);
 }
 
 // Kernels in which a thread keeps to one pack of columns and goes through rows.

@@ -13,11 +13,18 @@
 
 namespace bhyt::cuda {
 
+constexpr int kClusterSizes = 4;  // 1, 2, 4, 8 blocks
+
 struct Device {
   int index = 0;
   int multiprocessors = 1;
-  bool clusters = false;  // compute capability 9.0 or later
+  bool hopper_or_later = false;  // has clusters and programmatic dependent launch
+  // How many clusters of 2^i blocks run at once, each block with a multiprocessor's registers to itself; 0: none can.
+  int resident_clusters[kClusterSizes] = {};
 };
+
+// Asks the driver about the current device, which is `index`.
+cudaError_t describe(int index, Device* device);
 
 cudaError_t forward(const ForwardParams& p, const Device& device, cudaStream_t stream);
 

@@ -30,15 +30,19 @@ BHYT_DEVICE A butterfly(A v, int lanes) {
   return v;
 }
 
-// The sum over the group, given to all its threads. `turn` alternates between calls.
-template <class A>
+// The sum over the group, given to all its threads. `turn` alternates between calls. Groups of a block can wait for
+// themselves alone, or all together where there is little to gain: a kernel that names one barrier takes all sixteen.
+template <bool groups_apart = false, class A>
 BHYT_DEVICE A group_sum(A v, const Ladder& ladder, const Place& place, SumSlots<A>& slots, int turn) {
   v = butterfly(v, ladder.threads);
   if (ladder.threads <= 32) return v;
   A* sums = slots.warp[turn & 1] + place.group * (ladder.threads / 32);
   const int lane = place.lane % 32;
   if (lane == 0) sums[place.lane / 32] = v;
-  hw::barrier(1 + place.group, ladder.threads);
+  if constexpr (groups_apart)
+    hw::barrier(1 + place.group, ladder.threads);
+  else
+    hw::block_barrier();
   return butterfly(lane < ladder.threads / 32 ? sums[lane] : A(0), 32);
 }
 

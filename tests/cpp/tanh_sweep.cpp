@@ -59,8 +59,11 @@ Worst sweep(const cpu::Kernels& kernels, DType dtype, int digits, int smallest_e
     p.sum = sum.data();
   }
   Worst worst;
+  const uint64_t specials[] = {0x80000000, 0x7f800000, 0xff800000, 0x7fc00000, 0x7fffffff, 0xffffffff, 1, 0x80000001};
   for (uint64_t bits = begin; bits < end;) {
     int64_t n = 0;
+    if (bits == begin)  // whatever the stride
+      for (const uint64_t special : specials) x[n++] = cpu::bit_cast<float>(static_cast<uint32_t>(special));
     for (; n < kBlock && bits < end; bits += stride) x[n++] = cpu::bit_cast<float>(static_cast<uint32_t>(bits));
     p.d = n;
     kernels.forward(p, nullptr, 0, 1);
@@ -110,14 +113,9 @@ bool check(const cpu::Kernels& kernels, DType dtype, const char* name, int digit
 
 int main(int argc, char** argv) {
   const uint64_t stride = argc > 1 ? std::strtoull(argv[1], nullptr, 10) : 1;
-  std::vector<const char*> capabilities = {"DEFAULT"};
-#if defined(__x86_64__)
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) capabilities.push_back("AVX2");
-  if (__builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl")) capabilities.push_back("AVX512");
-#endif
   bool ok = true;
-  for (const char* capability : capabilities) {
-    const auto& kernels = cpu::kernels_for(capability);
+  for (const cpu::Kernels* table : cpu::runnable_kernels()) {
+    const auto& kernels = *table;
     if (argc > 2 && std::strcmp(argv[2], kernels.name) != 0) continue;
     ok &= check<float>(kernels, DType::f32, "f32", 24, -149, 2.5, stride);
     ok &= check<cpu::bf16>(kernels, DType::bf16, "bf16", 8, -133, 0.55, stride);

@@ -1,0 +1,190 @@
+"""The README's tables, made from the JSON in benchmarks/results, never by hand.
+
+    python benchmarks/readme_table.py             rewrites README.md
+    python benchmarks/readme_table.py --check     changes nothing; exit status 1 if README.md is out of date
+
+A table stands between `<!-- table:NAME -->` and `<!-- /table:NAME -->`. NAME is the stem of a result file,
+and the newest one of that name is taken whatever the device; NAME@DEVICE names the folder too. NAME-goals
+gives the goals of that result. A file's "benchmark" field says how it is drawn: add a function to RENDERERS
+for a new kind.
+"""
+
+import argparse
+import json
+import re
+import sys
+from pathlib import Path
+from typing import Any, Callable, Mapping, Optional, Sequence
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+MARKED = re.compile(r"(<!-- table:(?P<name>[\w@.-]+) -->\n).*?(<!-- /table:(?P=name) -->)", re.DOTALL)
+
+CPU_SHAPES = ((64, 2048), (4096, 4096))
+CPU_CASES = {
+    "forward": "exact",
+    "forward_approx": "approximate",
+    "add_forward": "residual + exact",
+    "add_forward_approx": "residual + approximate",
+    "forward+backward": "exact, forward + backward",
+    "forward_approx+backward": "approximate, forward + backward",
+}
+CPU_PEERS = {
+    "layer_norm": "`F.layer_norm`",
+    "rms_norm": "`F.rms_norm`",
+    "eager": "the formula, eager",
+    "inductor": "the formula, Inductor",
+    "inductor_rms_norm": "RMSNorm, Inductor",
+}
+
+Result = Mapping[str, Any]
+
+
+def number(value: float) -> str:
+    """About three figures: 1.23, 12.3, 123."""
+    return f"{value:.{2 if value < 10 else 1 if value < 100 else 0}f}"
+
+
+def markdown(header: Sequence[str], rows: Sequence[Sequence[str]], left: int = 1) -> list[str]:
+    """A Markdown table; the first `left` columns are aligned left, the others right."""
+    rules = ["---" if column < left else "---:" for column in range(len(header))]
+    return ["| " + " | ".join(cells) + " |" for cells in (header, rules, *rows)]
+
+
+def caption(result: Result) -> str:
+    """Where, with what and when."""
+    env = result["environment"]
+    state = " with local changes" if env["dirty"] else ""
+    cache = f"{env['last_level_cache'] / 2**20:.0f} MiB last-level cache"
+    machine = f"{env['cpu']}, {env['threads']} threads, {env['tier']}, {cache}"
+    commit = f"commit {env['commit']}{state}, " if env["commit"] else ""
+    return f"{machine}; torch {env['torch']}, Python {env['python']}; {commit}{env['date'][:10]}."
+
+
+def cpu(result: Result) -> list[str]:
+    """Two shapes, time and bandwidth, share of a copy, times faster than each peer."""
+    problems = result["problems"]
+    lines = [caption(result)]
+    for rows, d in CPU_SHAPES:
+        chosen = [p for p in problems if (p["rows"], p["d"]) == (rows, d) and p["case"] in CPU_CASES]
+        if not chosen:
+            continue
+        peers = {
+            peer: title for peer, title in CPU_PEERS.items() if any(peer in p["providers"] for p in chosen)
+        }
+        cells = []
+        for p in chosen:
+            times = {name: timing["us"] for name, timing in p["providers"].items()}
+            us = times["bhyt"]
+            of_copy = f"{100 * times['copy'] / us:.0f} %" if "copy" in times else "-"
+            ratios = [f"{times[peer] / us:.2f}x" if peer in times else "-" for peer in peers]
+            cells.append(
+                [
+                    CPU_CASES[p["case"]],
+                    p["dtype"],
+                    number(us),
+                    number(p["bytes"] / us / 1e3),
+                    of_copy,
+                    *ratios,
+                ]
+            )
+        placed = {"beyond the cache" if p["beyond_cache"] else "in cache" for p in chosen}
+        place = placed.pop() if len(placed) == 1 else "partly in cache"
+        lines += ["", f"**{rows} x {d}**, {place}; times faster than:", ""]
+        lines += markdown(["site", "dtype", "us", "GB/s", "of a copy", *peers.values()], cells, left=2)
+    return lines
+
+
+def overhead(result: Result) -> list[str]:
+    """Microseconds per call, one line per way to call."""
+    modes = result["modes"]
+    titles = {"no_grad": "no gradient", "grad": "recording", "forward+backward": "forward + backward"}
+    header = [f"us per call, {result['rows']} x {result['d']} fp32", *(titles[m["mode"]] for m in modes)]
+    names = modes[0]["providers"]
+    cells = [[f"`{name}`", *(f"{m['providers'][name]['us']:.2f}" for m in modes)] for name in names]
+    return [caption(result), "", *markdown(header, cells)]
+
+
+def goals(result: Result) -> list[str]:
+    """Every goal of a benchmark, met or missed."""
+    cells = []
+    for item in result["goals"]:
+        measured = "not measured" if item["met"] is None else f"{item['measured']:.2f}"
+        verdict = {None: "-", True: "met", False: "**missed**"}[item["met"]]
+        cells.append([item["goal"], item["target"], measured, item["where"] or "-", verdict])
+    return [caption(result), "", *markdown(["goal", "target", "measured (worst)", "at", ""], cells)]
+
+
+RENDERERS: dict[str, Callable[[Result], list[str]]] = {"cpu": cpu, "overhead": overhead}
+
+
+def newest(name: str, results: Path) -> Optional[Result]:
+    """The newest result called `name` or `name@device`."""
+    stem, _, device = name.partition("@")
+    found = [json.loads(path.read_text()) for path in sorted(results.glob(f"{device or '*'}/{stem}.json"))]
+    return max(found, key=lambda result: result["environment"]["date"], default=None)
+
+
+def render(name: str, results: Path) -> str:
+    """The text between the markers of table `name`.
+
+    Raises:
+        LookupError: there is no such result, or no renderer for its kind.
+    """
+    result = newest(name, results)
+    if result is not None:
+        renderer = RENDERERS.get(result["benchmark"])
+        if renderer is None:
+            raise LookupError(f"table {name}: no renderer for the benchmark {result['benchmark']!r}")
+        return "\n".join(renderer(result)) + "\n"
+    stem, at, device = name.partition("@")
+    if stem.endswith("-goals") and (result := newest(stem.removesuffix("-goals") + at + device, results)):
+        return "\n".join(goals(result)) + "\n"
+    raise LookupError(f"table {name}: no result of that name under {results}")
+
+
+def update(text: str, results: Path) -> tuple[str, list[str]]:
+    """The text with every table made anew, and the names of those that changed."""
+    changed = []
+
+    def fresh(match: re.Match[str]) -> str:
+        name = match["name"]
+        whole = match[1] + "\n" + render(name, results) + "\n" + match[3]
+        if whole != match[0]:
+            changed.append(name)
+        return whole
+
+    return MARKED.sub(fresh, text), changed
+
+
+def main(arguments: Optional[Sequence[str]] = None) -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--check", action="store_true", help="only say whether the tables are up to date")
+    parser.add_argument("--readme", type=Path, default=REPOSITORY / "README.md")
+    parser.add_argument("--results", type=Path, default=REPOSITORY / "benchmarks" / "results")
+    args = parser.parse_args(arguments)
+    before = args.readme.read_text()
+    unpaired = len(re.findall(r"<!-- /?table:", before)) - 2 * len(MARKED.findall(before))
+    if unpaired:
+        print(f"{args.readme.name}: {unpaired} table markers without their counterpart", file=sys.stderr)
+        return 1
+    try:
+        after, changed = update(before, args.results)
+    except LookupError as error:
+        print(error.args[0], file=sys.stderr)
+        return 1
+    if args.check and changed:
+        print(
+            f"{args.readme.name} is out of date: {', '.join(changed)}; run benchmarks/readme_table.py",
+            file=sys.stderr,
+        )
+        return 1
+    if changed:
+        args.readme.write_text(after)
+    print(f"{args.readme.name}: {', '.join(changed) or 'nothing'} changed")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

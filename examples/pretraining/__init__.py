@@ -1,0 +1,1 @@
+"""The rooms of `examples/pretrain.py`: model, norms, data, train, plot."""

@@ -1,0 +1,424 @@
+// A GPU for tests: runs a kernel's real source, compiled by g++, one cluster of blocks at a time. Each thread is a
+// fiber that runs until it waits at a barrier, a shuffle or a cluster barrier; the order in which fibers get their turn
+// can be varied, so that a missing barrier shows. Shared memory starts as NaNs and is as long as the launch asked for;
+// vector accesses must be aligned; approximate instructions err by as much as they may. A deadlock ends the program.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <functional>
+#include <memory>
+#include <type_traits>
+#include <vector>
+
+#if !defined(__x86_64__)
+#include <ucontext.h>
+#endif
+
+#define BHYT_DEVICE inline
+#define BHYT_KERNEL(max_threads) void
+
+using cudaStream_t = void*;
+enum cudaError_t { cudaSuccess, cudaErrorInvalidValue, cudaErrorInvalidConfiguration };
+
+inline cudaError_t cudaMemsetAsync(void* data, int value, size_t bytes, cudaStream_t) {
+  std::memset(data, value, bytes);
+  return cudaSuccess;
+}
+
+namespace simt {
+
+[[noreturn]] inline void fail(const char* what) {
+  std::fprintf(stderr, "simt: %s\n", what);
+  std::abort();
+}
+
+// Stack switching --------------------------------------------------------------------------------------------------
+
+#if defined(__x86_64__)
+extern "C" void simt_switch(void** from, void* to);
+asm(R"(
+.text
+.weak simt_switch
+simt_switch:
+  pushq %rbp
+  pushq %rbx
+  pushq %r12
+  pushq %r13
+  pushq %r14
+  pushq %r15
+  movq %rsp, (%rdi)
+  movq %rsi, %rsp
+  popq %r15
+  popq %r14
+  popq %r13
+  popq %r12
+  popq %rbx
+  popq %rbp
+  ret
+)");
+
+struct Context {
+  void* stack_pointer = nullptr;
+
+  void start(char* stack, size_t bytes, void (*entry)()) {
+    auto* top = reinterpret_cast<uint64_t*>((reinterpret_cast<uintptr_t>(stack) + bytes) & ~uintptr_t(15));
+    *--top = 0;  // where entry would return to; it does not
+    *--top = reinterpret_cast<uint64_t>(entry);
+    for (int i = 0; i < 6; ++i) *--top = 0;
+    stack_pointer = top;
+  }
+  static void change(Context& from, Context& to) { simt_switch(&from.stack_pointer, to.stack_pointer); }
+};
+#else
+struct Context {
+  ucontext_t context;
+
+  void start(char* stack, size_t bytes, void (*entry)()) {
+    getcontext(&context);
+    context.uc_stack = {.ss_sp = stack, .ss_flags = 0, .ss_size = bytes};
+    context.uc_link = nullptr;
+    makecontext(&context, entry, 0);
+  }
+  static void change(Context& from, Context& to) { swapcontext(&from.context, &to.context); }
+};
+#endif
+
+// A cluster and its threads ----------------------------------------------------------------------------------------
+
+struct Barrier {
+  int arrived = 0, expected = 0, generation = 0;
+
+  int arrive(int threads) {  // the generation to wait for the end of
+    if (arrived == 0) expected = threads;
+    if (expected != threads) fail("a barrier is given different numbers of threads");
+    const int mine = generation;
+    if (++arrived == expected) arrived = 0, ++generation;
+    return mine;
+  }
+};
+
+struct Block {
+  std::unique_ptr<unsigned char[]> memory;
+  unsigned char* shared = nullptr;
+  size_t shared_bytes = 0;
+  int64_t x = 0;
+  int y = 0;
+  Barrier barriers[16];
+  std::vector<Barrier> warps;
+  std::vector<uint64_t> lanes;  // what each thread holds out to its warp
+};
+
+struct Thread {
+  Context context;
+  Block* block = nullptr;
+  int x = 0, y = 0, id = 0;
+  Barrier* waits_for = nullptr;
+  int generation = 0, cluster_generation = -1;
+  bool done = false;
+};
+
+enum class Order { ascending, descending, shuffled };
+
+struct Machine {
+  Order order = Order::ascending;
+  int threads_x = 1, threads_y = 1, blocks_y = 1, cluster = 1;
+  int64_t blocks_x = 1, launches = 0;
+  std::vector<Block> blocks;  // of the cluster that runs
+  std::vector<Thread> threads;
+  Barrier cluster_barrier;
+  Thread* current = nullptr;
+  Context scheduler;
+  std::function<void()> body;
+  std::vector<char> stacks;
+  uint64_t random = 1;
+
+  int block_threads() const { return threads_x * threads_y; }
+};
+
+inline Machine& machine() {
+  static Machine m;
+  return m;
+}
+
+inline void yield() { Context::change(machine().current->context, machine().scheduler); }
+
+inline void wait(Barrier& barrier, int threads) {
+  Thread& me = *machine().current;
+  const int generation = barrier.arrive(threads);
+  if (barrier.generation != generation) return;
+  me.waits_for = &barrier;
+  me.generation = generation;
+  yield();
+}
+
+inline void entry() {
+  machine().body();
+  machine().current->done = true;
+  yield();
+  fail("a finished thread was resumed");
+}
+
+inline void run_cluster() {
+  Machine& m = machine();
+  constexpr size_t kStack = 20480 + 320;  // not a power of two: the stacks' tops fall into different cache sets
+  if (m.stacks.size() < m.threads.size() * kStack) m.stacks.resize(m.threads.size() * kStack);
+  for (size_t i = 0; i < m.threads.size(); ++i) m.threads[i].context.start(m.stacks.data() + i * kStack, kStack, entry);
+
+  std::vector<int> turns(m.threads.size());
+  for (size_t i = 0; i < turns.size(); ++i) turns[i] = m.order == Order::descending ? turns.size() - 1 - i : i;
+  bool everybody = false;
+  for (size_t left = turns.size(), pass = 0; left > 0; ++pass) {
+    if (m.order == Order::shuffled)
+      for (size_t i = turns.size() - 1; i > 0; --i) {
+        m.random = m.random * 6364136223846793005u + 1442695040888963407u;
+        std::swap(turns[i], turns[(m.random >> 33) % (i + 1)]);
+      }
+    // Shuffled is unfair too: a quarter of the warps sleeps for 64 passes, while others run ahead as far as they can.
+    const auto asleep = [&](int i) {
+      const uint32_t hash = (i / 32 + 1) * 2654435761u ^ uint32_t(pass / 64 + 1) * 2246822519u;
+      return m.order == Order::shuffled && !everybody && (hash >> 13 & 3) == 0;
+    };
+    bool moved = false;
+    for (int i : turns) {
+      if (asleep(i)) continue;
+      Thread& thread = m.threads[i];
+      if (thread.done || (thread.waits_for && thread.waits_for->generation == thread.generation)) continue;
+      thread.waits_for = nullptr;
+      m.current = &thread;
+      Context::change(m.scheduler, thread.context);
+      moved = true;
+      if (thread.done) --left;
+    }
+    const bool nobody_slept = everybody || m.order != Order::shuffled;
+    if (!moved && nobody_slept) fail("deadlock: some threads wait where others never come");
+    everybody = !moved;
+  }
+  for (const Block& block : m.blocks)
+    for (int i = 0; i < 64; ++i)
+      if (block.shared[block.shared_bytes + i] != 0xa5) fail("a write behind the end of shared memory");
+}
+
+template <class Grid>
+cudaError_t run(const Grid& grid, std::function<void()> body) {
+  Machine& m = machine();
+  m.threads_x = grid.threads_x, m.threads_y = grid.threads_y;
+  m.blocks_x = grid.blocks_x, m.blocks_y = grid.blocks_y;
+  m.cluster = grid.cluster;
+  m.body = std::move(body);
+  ++m.launches;
+  const int threads = m.block_threads();
+  const bool legal = grid.blocks_x >= 1 && grid.blocks_x <= 0x7fffffff && grid.blocks_y >= 1 &&
+                     grid.blocks_y <= 65535 && threads >= 1 && threads <= 512 && grid.shared_bytes <= 48 << 10 &&
+                     grid.cluster >= 1 && grid.cluster <= 8 && grid.blocks_y % grid.cluster == 0;
+  if (!legal) return cudaErrorInvalidConfiguration;
+
+  for (int64_t x = 0; x < m.blocks_x; ++x)
+    for (int y = 0; y < m.blocks_y; y += m.cluster) {
+      m.blocks.clear();
+      m.blocks.resize(m.cluster);
+      m.threads.assign(size_t(threads) * m.cluster, Thread());
+      m.cluster_barrier = {};
+      for (int c = 0; c < m.cluster; ++c) {
+        Block& block = m.blocks[c];
+        block.x = x, block.y = y + c;
+        block.shared_bytes = grid.shared_bytes;
+        block.memory = std::make_unique<unsigned char[]>(grid.shared_bytes + 128);
+        const auto memory = reinterpret_cast<uintptr_t>(block.memory.get());
+        block.shared = reinterpret_cast<unsigned char*>((memory + 15) & ~uintptr_t(15));
+        std::memset(block.shared, 0xff, grid.shared_bytes);
+        std::memset(block.shared + grid.shared_bytes, 0xa5, 64);
+        block.warps.resize((threads + 31) / 32);
+        block.lanes.resize(threads);
+        for (int i = 0; i < threads; ++i) {
+          Thread& thread = m.threads[size_t(c) * threads + i];
+          thread.block = &block;
+          thread.id = i;
+          thread.x = i % m.threads_x, thread.y = i / m.threads_x;
+        }
+      }
+      run_cluster();
+    }
+  return cudaSuccess;
+}
+
+// A value `ulps` away at most, by a hash of its own bits: an approximate instruction at its worst.
+inline float perturbed(float v, int ulps) {
+  uint32_t bits;
+  std::memcpy(&bits, &v, 4);
+  if (!std::isfinite(v) || v == 0) return v;
+  const int shift = (bits * 2654435761u >> 16) % 3;  // all the way down, none, all the way up
+  bits += (shift - 1) * ulps;
+  float moved;
+  std::memcpy(&moved, &bits, 4);
+  return std::isfinite(moved) ? moved : v;
+}
+
+// An IEEE format of `exponent` and `mantissa` bits, rounded to nearest even from a double.
+inline uint32_t to_small_float(double v, int exponent, int mantissa) {
+  const uint32_t sign = std::signbit(v) ? 1u << (exponent + mantissa) : 0;
+  const uint32_t infinity = ((1u << exponent) - 1) << mantissa;
+  if (std::isnan(v)) return sign | infinity | 1u << (mantissa - 1);
+  const int bias = (1 << (exponent - 1)) - 1;
+  int e;
+  std::frexp(v, &e);
+  const int lowest = std::max(e - 1, 1 - bias);  // exponent of the binade, or of the subnormals
+  if (v == 0) return sign;
+  if (std::isinf(v) || lowest > bias) return sign | infinity;
+  const auto steps = static_cast<uint32_t>(std::nearbyint(std::ldexp(std::fabs(v), mantissa - lowest)));
+  const uint32_t bits = steps + (uint32_t(lowest + bias - 1) << mantissa);  // a carry into the exponent is right
+  return sign | std::min(bits, infinity);
+}
+
+}  // namespace simt
+
+// The twins of csrc/cuda/hardware.cuh ------------------------------------------------------------------------------
+
+namespace bhyt::cuda::hw {
+
+inline int thread_x() { return simt::machine().current->x; }
+inline int thread_y() { return simt::machine().current->y; }
+inline int threads_x() { return simt::machine().threads_x; }
+inline int threads_y() { return simt::machine().threads_y; }
+inline int64_t block_x() { return simt::machine().current->block->x; }
+inline int block_y() { return simt::machine().current->block->y; }
+inline int64_t blocks_x() { return simt::machine().blocks_x; }
+inline int blocks_y() { return simt::machine().blocks_y; }
+inline unsigned char* shared() { return simt::machine().current->block->shared; }
+
+template <class A>
+A shuffle_xor(A v, int mask) {
+  simt::Thread& me = *simt::machine().current;
+  simt::Block& block = *me.block;
+  const int warp = me.id / 32, width = std::min(32, int(block.lanes.size()) - warp * 32);
+  if (((me.id % 32) ^ mask) >= width) simt::fail("a shuffle reads a lane that is not there");
+  std::memcpy(&block.lanes[me.id], &v, sizeof v);
+  simt::wait(block.warps[warp], width);
+  std::memcpy(&v, &block.lanes[me.id ^ mask], sizeof v);
+  simt::wait(block.warps[warp], width);
+  return v;
+}
+
+inline void block_barrier() {
+  simt::wait(simt::machine().current->block->barriers[0], simt::machine().block_threads());
+}
+
+inline void barrier(int id, int threads) {
+  if (id < 1 || id > 15 || threads % 32) simt::fail("a named barrier takes id 1..15 and whole warps");
+  simt::wait(simt::machine().current->block->barriers[id], threads);
+}
+
+inline void cluster_arrive() {
+  simt::Machine& m = simt::machine();
+  if (m.current->cluster_generation >= 0) simt::fail("arrived twice at the cluster's barrier");
+  m.current->cluster_generation = m.cluster_barrier.arrive(m.block_threads() * m.cluster);
+}
+
+inline void cluster_wait() {
+  simt::Machine& m = simt::machine();
+  simt::Thread& me = *m.current;
+  if (me.cluster_generation < 0) simt::fail("waits for a cluster barrier without having arrived");
+  const int generation = me.cluster_generation;
+  me.cluster_generation = -1;
+  if (m.cluster_barrier.generation != generation) return;
+  me.waits_for = &m.cluster_barrier;
+  me.generation = generation;
+  simt::yield();
+}
+
+inline void cluster_store(float* mine, int target, float v) {
+  const auto offset = reinterpret_cast<unsigned char*>(mine) - shared();
+  *reinterpret_cast<float*>(simt::machine().blocks.at(target).shared + offset) = v;
+}
+
+inline void wait_for_previous_grid() {}
+inline void let_next_grid_start() {}
+
+template <class A>
+A add(A a, A b) { return a + b; }
+template <class A>
+A mul(A a, A b) { return a * b; }
+template <class A>
+A div(A a, A b) { return a / b; }
+inline float fma(float a, float b, float c) { return std::fma(a, b, c); }
+inline double fma(double a, double b, double c) { return std::fma(a, b, c); }
+template <class A>
+A sqrt(A a) { return std::sqrt(a); }
+template <class A>
+A abs(A a) { return std::fabs(a); }
+inline float max(float a, float b) { return std::fmax(a, b); }
+inline float copysign(float a, float b) { return std::copysign(a, b); }
+inline double exp(double a) { return std::exp(a); }
+inline double tanh(double a) { return std::tanh(a); }
+
+template <class A>
+void pin(A&) {}
+
+inline float exp2_approx(float a) { return simt::perturbed(static_cast<float>(std::exp2(static_cast<double>(a))), 2); }
+inline float reciprocal_approx(float a) { return simt::perturbed(1.f / a, 1); }
+// 92 ulp of a float just above a power of two are a relative 1.1e-5, half that just below the next: so twice as many.
+inline float tanh_approx(float a) {
+  const float t = simt::perturbed(std::tanh(a), 184);
+  return std::fabs(t) > 1 ? std::copysign(1.f, a) : t;
+}
+
+inline float bits_to_float(uint32_t bits) {
+  float v;
+  std::memcpy(&v, &bits, 4);
+  return v;
+}
+inline uint32_t float_to_bits(float v) {
+  uint32_t bits;
+  std::memcpy(&bits, &v, 4);
+  return bits;
+}
+inline double bits_to_double(uint32_t low, uint32_t high) {
+  const uint64_t bits = uint64_t(high) << 32 | low;
+  double v;
+  std::memcpy(&v, &bits, 8);
+  return v;
+}
+inline uint32_t low_bits(double v) {
+  uint64_t bits;
+  std::memcpy(&bits, &v, 8);
+  return static_cast<uint32_t>(bits);
+}
+inline uint32_t high_bits(double v) {
+  uint64_t bits;
+  std::memcpy(&bits, &v, 8);
+  return static_cast<uint32_t>(bits >> 32);
+}
+
+inline float half_bits_to_float(uint32_t bits) {
+  const uint32_t magnitude = (bits & 0x7fff) << 13, sign = (bits & 0x8000) << 16;
+  if (magnitude >= 0x7c00u << 13) return bits_to_float(sign | 0x7f800000u | magnitude);
+  return std::copysign(bits_to_float(magnitude) * 0x1p112f, sign ? -1.f : 1.f);
+}
+template <class A>
+uint32_t to_half_bits(A v) { return simt::to_small_float(v, 5, 10); }
+template <class A>
+uint32_t to_bfloat_bits(A v) { return simt::to_small_float(v, 8, 7); }
+inline uint32_t to_half_pair(float low, float high) { return to_half_bits(low) | to_half_bits(high) << 16; }
+inline uint32_t to_bfloat_pair(float low, float high) { return to_bfloat_bits(low) | to_bfloat_bits(high) << 16; }
+
+inline void check_aligned(const void* address, int bytes) {
+  if (reinterpret_cast<uintptr_t>(address) % bytes) simt::fail("a vector access is not aligned");
+}
+
+template <int words>
+void load_words(uint32_t* to, const void* from) {
+  check_aligned(from, words * 4);
+  std::memcpy(to, from, words * 4);
+}
+
+template <int words>
+void store_words(void* to, const uint32_t* from) {
+  check_aligned(to, words * 4);
+  std::memcpy(to, from, words * 4);
+}
+
+}  // namespace bhyt::cuda::hw

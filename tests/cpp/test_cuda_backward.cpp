@@ -1,0 +1,327 @@
+// The backward kernels' source on the host, against float64.
+#include "backward.cu"
+
+#include "rows.h"
+
+using namespace bhyt;
+using rows::check;
+using rows::Tensor;
+
+namespace {
+
+struct Wanted {
+  bool x = true, variance = true, weight = true, lam = true;
+};
+
+struct Case {
+  int64_t rows = 3, d = 64;
+  DType branch = DType::f32, stream = DType::f32;
+  bool exact = true, grad_sum = false, grad_variance = false;
+  int weight = int(DType::f32);  // a DType, or -1: none
+  DType lam = DType::f32;
+  int offset_dtype = -1;
+  int64_t x_offset = 0, pad = 0;
+  bool clusters = true, expanded_grad_y = false;
+  int multiprocessors = 2;
+  double lam_value = 2.0;
+  Wanted wanted;
+  simt::Order order = simt::Order::ascending;
+
+  std::string text() const {
+    char s[256];
+    std::snprintf(s, sizeof s,
+                  "%s%s%s rows=%lld d=%lld %s/%s weight=%s offset=%lld pad=%lld clusters=%d order=%d wanted=",
+                  exact ? "exact" : "approx", grad_sum ? "+grad_sum" : "", grad_variance ? "+grad_variance" : "",
+                  static_cast<long long>(rows), static_cast<long long>(d), rows::name(branch), rows::name(stream),
+                  weight < 0 ? "none" : rows::name(DType(weight)), static_cast<long long>(x_offset),
+                  static_cast<long long>(pad), clusters, int(order));
+    return std::string(s) + std::to_string(wanted.x) + std::to_string(wanted.variance) + std::to_string(wanted.weight) +
+           std::to_string(wanted.lam);
+  }
+};
+
+struct Inputs {
+  Tensor x, grad_y, grad_sum, variance, grad_variance, weight, lam, offset;
+};
+
+struct Outputs {
+  Tensor x, variance, weight, lam;
+};
+
+Inputs make_inputs(const Case& c) {
+  Inputs in;
+  in.x = rows::random_rows(c.stream, c.rows, c.d, 3 + c.d, c.d + c.pad, c.x_offset);
+  in.grad_y = rows::random_rows(c.branch, c.expanded_grad_y ? 1 : c.rows, c.d, 4 + c.d, c.d + c.pad, c.x_offset);
+  if (c.expanded_grad_y) in.grad_y.stride = 0;
+  if (c.grad_sum) in.grad_sum = rows::random_rows(c.stream, c.rows, c.d, 5 + c.d, c.d + c.pad, c.x_offset);
+  in.variance = Tensor(accumulate_dtype(c.stream), c.rows, 1);
+  for (int64_t row = 0; row < c.rows; ++row) {
+    double v = 0;
+    for (int64_t i = 0; i < c.d; ++i) {
+      v += in.x.get(row, i) * in.x.get(row, i) / c.d;
+      if (!c.expanded_grad_y)  // gradients that lean one way, so that the sums over rows don't cancel
+        in.grad_y.set(row, i, in.grad_y.get(row, i) + 0.3 * in.x.get(row, i));
+    }
+    in.variance.set(row, 0, c.exact ? v : v * 1.1 + 0.01);
+  }
+  if (c.grad_variance) in.grad_variance = rows::random_rows(accumulate_dtype(c.stream), c.rows, 1, 6);
+  if (c.weight >= 0) {
+    in.weight = Tensor(DType(c.weight), 1, c.d, -1, c.x_offset);
+    for (int64_t i = 0; i < c.d; ++i) in.weight.set(0, i, 1 + 0.5 * std::sin(double(i)));
+  }
+  in.lam = Tensor(c.lam, 1, 1);
+  in.lam.set(0, 0, c.lam_value);
+  if (c.offset_dtype >= 0) {
+    in.offset = Tensor(DType(c.offset_dtype), 1, 1);
+    in.offset.set(0, 0, 0.125);
+  }
+  return in;
+}
+
+Outputs run(const Case& c, const Inputs& in) {
+  Outputs out;
+  BackwardParams p;
+  p.rows = c.rows, p.d = c.d, p.branch = c.branch, p.stream = c.stream, p.exact = c.exact;
+  if (in.weight) p.weight = in.weight.values();
+  p.lam = in.lam.values();
+  if (in.offset) p.offset = in.offset.values();
+  p.x = in.x.view();
+  p.grad_y = in.grad_y.view();
+  if (in.grad_sum) p.grad_sum = in.grad_sum.view();
+  p.variance = in.variance.data();
+  if (in.grad_variance) p.grad_variance = in.grad_variance.data();
+  if (c.wanted.x) p.grad_x = (out.x = Tensor(c.stream, c.rows, c.d)).data();
+  if (c.wanted.variance && !c.exact)
+    p.grad_variance_out = (out.variance = Tensor(accumulate_dtype(c.stream), c.rows, 1)).data();
+  if (c.wanted.weight && in.weight) p.grad_weight = (out.weight = Tensor(in.weight.dtype, 1, c.d)).data();
+  if (c.wanted.lam) p.grad_lam = (out.lam = Tensor(c.lam, 1, 1)).data();
+
+  simt::machine().order = c.order;
+  cuda::Device device;
+  device.multiprocessors = c.multiprocessors;
+  device.hopper_or_later = c.clusters;
+  if (c.clusters) device.resident_clusters[1] = device.resident_clusters[2] = device.resident_clusters[3] = 2;
+  const int64_t bytes = cuda::backward_workspace(p, device);
+  Tensor workspace(DType::f32, 1, bytes / 4);
+  check(cuda::backward(p, workspace.data(), device, {}) == cudaSuccess, "returns success: " + c.text());
+  bool held = workspace.guards_hold();
+  for (const Tensor* t : {&out.x, &out.variance, &out.weight, &out.lam}) held &= !*t || t->guards_hold();
+  check(held, "writes within its outputs: " + c.text());
+  return out;
+}
+
+// Sums of squares of a result's error, of the error of rounding the right result, and of the right result.
+struct Error {
+  double error = 0, rounding = 0, size = 0;
+  bool bad = false;
+
+  void add(double got, double right, DType dtype) {
+    if (std::isnan(got) != std::isnan(right)) bad = true;
+    if (std::isnan(right)) return;
+    error += (got - right) * (got - right);
+    const double r = rows::rounded(right, dtype) - right;
+    rounding += r * r;
+    size += right * right;
+  }
+  // `relative` for the arithmetic, and 1.1 times what rounding alone costs
+  bool within(double relative, DType dtype) const {
+    const double allowed = relative * std::sqrt(size) + (bhyt::size_of(dtype) == 2 ? 1.1 : 1.0) * std::sqrt(rounding);
+    return !bad && std::sqrt(error) <= allowed;
+  }
+};
+
+void compare(const Case& c, const Inputs& in, const Outputs& out) {
+  const bool f64 = c.stream == DType::f64;
+  const double relative_x = f64 ? 1e-14 : size_of(c.stream) == 2 ? 0 : 2e-6, relative = f64 ? 1e-14 : 1e-5;
+  std::vector<double> grad_weight(c.d, 0.);
+  double grad_lam = 0, lam_size = 0;
+  for (int64_t row = 0; row < c.rows; ++row) {
+    const double shifted = in.variance.get(row, 0) + (in.offset ? in.offset.get(0, 0) : 0.) + 1e-6;
+    const double per_lam = 1 / (10 * std::sqrt(shifted)), a = in.lam.get(0, 0) * per_lam;
+    double s = 0, size = 0;
+    std::vector<double> g(c.d);
+    for (int64_t i = 0; i < c.d; ++i) {
+      const double x = in.x.get(row, i), t = std::tanh(a * x), e = std::exp(-2 * std::fabs(a * x));
+      const double dy = in.grad_y.get(row, i), w = in.weight ? in.weight.get(0, i) : 1.;
+      g[i] = dy * w * 4 * e / ((1 + e) * (1 + e));
+      s += g[i] * x;
+      size += std::fabs(g[i] * x);
+      grad_weight[i] += dy * t;
+    }
+    grad_lam += per_lam * s;
+    lam_size += per_lam * size;
+    if (out.x) {
+      Error error;
+      const double dv = in.grad_variance ? in.grad_variance.get(row, 0) : 0.;
+      for (int64_t i = 0; i < c.d; ++i) {
+        const double x = in.x.get(row, i), gs = in.grad_sum ? in.grad_sum.get(row, i) : 0.;
+        const double through_v = c.exact ? -a * x * s / (c.d * shifted) + 2 * x * dv / c.d : 0.;
+        error.add(out.x.get(row, i), a * g[i] + through_v + gs, c.stream);
+      }
+      check(error.within(relative_x, c.stream), "grad_x: " + c.text());
+    }
+    if (out.variance)
+      check(std::fabs(out.variance.get(row, 0) + a * s / (2 * shifted)) <= relative * a * size / (2 * shifted),
+            "grad_variance: " + c.text());
+  }
+  if (out.weight) {
+    Error error;
+    for (int64_t i = 0; i < c.d; ++i) error.add(out.weight.get(0, i), grad_weight[i], in.weight.dtype);
+    check(error.within(relative, in.weight.dtype), "grad_weight: " + c.text());
+  }
+  if (out.lam) {
+    const double right = c.d > 0 ? grad_lam : 0.;
+    const double allowed = relative * lam_size + 0.51 * rows::ulp(right, c.lam);
+    check(std::fabs(out.lam.get(0, 0) - right) <= allowed, "grad_lam: " + c.text());
+  }
+}
+
+bool same(const Tensor& a, const Tensor& b) {
+  if (!a || !b) return true;  // where one was not asked for
+  for (int64_t row = 0; row < a.rows; ++row)
+    if (!a.same_bits(b, row, row)) return false;
+  return true;
+}
+bool same(const Outputs& a, const Outputs& b) {
+  return same(a.x, b.x) && same(a.variance, b.variance) && same(a.weight, b.weight) && same(a.lam, b.lam);
+}
+
+void invariances(const Case& c, const Inputs& in, const Outputs& out) {
+  const auto moved = [&](int64_t pad, int64_t offset, int64_t first, int64_t count) {
+    Inputs m;
+    m.x = copy_of(in.x, c.d + pad, offset, first, count);
+    m.grad_y = copy_of(in.grad_y, c.d + pad, offset, first, count);
+    if (in.grad_sum) m.grad_sum = copy_of(in.grad_sum, c.d + pad, offset, first, count);
+    m.variance = copy_of(in.variance, -1, 0, first, count);
+    if (in.grad_variance) m.grad_variance = copy_of(in.grad_variance, -1, 0, first, count);
+    if (in.weight) m.weight = copy_of(in.weight, -1, offset);
+    m.lam = copy_of(in.lam, -1, 0);
+    if (in.offset) m.offset = copy_of(in.offset, -1, 0);
+    return m;
+  };
+  Case other = c;
+  static int turn = 0;
+  other.order = ++turn % 2 ? simt::Order::shuffled : simt::Order::descending;
+  check(same(run(other, in), out), "the same bits in another order of threads: " + other.text());
+  if (c.rows > 5 && c.d > 512) {  // several turns of groups that wait for one another
+    other.order = simt::Order::shuffled;
+    check(same(run(other, in), out), "the same bits when some warps run ahead: " + other.text());
+  }
+  if (c.expanded_grad_y) return;
+  other.clusters = false;
+  const Outputs elsewhere = run(other, moved(3, 1, 0, c.rows));
+  check(same(elsewhere.x, out.x) && same(elsewhere.variance, out.variance),
+        "the same bits unaligned and without clusters: " + c.text());
+  compare(other, in, elsewhere);
+  other = c;
+  other.rows = 1;
+  const Outputs alone = run(other, moved(0, 0, c.rows - 1, 1));
+  check((!out.x || alone.x.same_bits(out.x, 0, c.rows - 1)) &&
+            (!out.variance || alone.variance.same_bits(out.variance, 0, c.rows - 1)),
+        "the same bits alone and in a batch: " + c.text());
+}
+
+void masks(const Case& c, const Inputs& in, const Outputs& out) {
+  for (int mask = 0; mask < 16; ++mask) {
+    Case part = c;
+    part.wanted = {bool(mask & 1), bool(mask & 2), bool(mask & 4), bool(mask & 8)};
+    check(same(run(part, in), out), "the same bits when less is wanted: " + part.text());
+  }
+}
+
+void test(const Case& c, bool more = true) {
+  const Inputs in = make_inputs(c);
+  const Outputs out = run(c, in);
+  compare(c, in, out);
+  if (more) invariances(c, in, out);
+}
+
+void empty() {
+  for (bool exact : {true, false})
+    for (DType dtype : {DType::f32, DType::bf16, DType::f64}) {
+      Case c;
+      c.exact = exact, c.branch = c.stream = dtype;
+      c.rows = 0;
+      const Outputs none = run(c, make_inputs(c));
+      for (int64_t i = 0; i < c.d; ++i) check(none.weight.get(0, i) == 0, "no rows: grad_weight is 0");
+      check(none.lam.get(0, 0) == 0, "no rows: grad_lam is 0");
+      c.rows = 2, c.d = 0;
+      const Outputs narrow = run(c, make_inputs(c));
+      check(narrow.lam.get(0, 0) == 0, "no columns: grad_lam is 0");
+      if (!exact) check(narrow.variance.get(1, 0) == 0, "no columns: grad_variance is 0");
+    }
+}
+
+}  // namespace
+
+int main() {
+  struct Types {
+    DType branch, stream;
+  };
+  const Types types[] = {{DType::f32, DType::f32},  {DType::bf16, DType::bf16}, {DType::f16, DType::f16},
+                         {DType::bf16, DType::f32}, {DType::f16, DType::f32},   {DType::f64, DType::f64},
+                         {DType::bf16, DType::f64}, {DType::f16, DType::f64},   {DType::f32, DType::f64}};
+  int turn = 0;
+  for (const Types& t : types)
+    for (bool exact : {true, false}) {
+      Case c;
+      c.branch = t.branch, c.stream = t.stream, c.exact = exact;
+      for (int64_t d : {1, 7, 8, 48, 64, 127, 128, 256, 520, 768, 1000, 2048, 3584}) {
+        if (t.stream == DType::f64 && d % 64 == 0) continue;  // has no wide kernels
+        const int weights[] = {int(t.branch), int(DType::f32), -1, int(DType::f64), int(t.branch), int(DType::f16)};
+        c.weight = weights[turn++ % 6];
+        c.grad_sum = turn % 2, c.grad_variance = exact && turn % 3 != 0;
+        c.d = d;
+        c.rows = d < 500 ? 40 : 5;
+        c.lam = DType(turn % 4);
+        c.offset_dtype = exact ? -1 : turn % 5 - 1;
+        test(c);
+      }
+      c.rows = 2, c.d = 72, c.grad_sum = true;
+      for (c.x_offset = 0; c.x_offset < 8; ++c.x_offset) c.pad = c.x_offset % 3 * 4, test(c, false);
+    }
+
+  for (const Types& t : {types[0], types[1], types[3], types[5]})  // long rows: several parts, clusters, loops
+    for (bool exact : {true, false})
+      for (int64_t d : {8192, 16384, 20000, 40001, 131072}) {
+        if (t.stream == DType::f64 && d > 20000) continue;
+        Case c;
+        c.branch = t.branch, c.stream = t.stream, c.exact = exact, c.d = d, c.rows = 3, c.multiprocessors = 16;
+        c.weight = int(t.branch), c.grad_sum = exact;
+        c.wanted.weight = d <= 20000 || (exact && t.stream == DType::bf16);  // the sums over rows take longest here
+        test(c, d == 20000);
+      }
+
+  for (bool exact : {true, false})
+    for (DType dtype : {DType::f32, DType::bf16}) {
+      Case many;  // several turns of every persistent block, the last one short
+      many.exact = exact, many.branch = many.stream = dtype;
+      many.grad_variance = exact, many.grad_sum = !exact;
+      many.rows = 1003, many.d = 40;
+      test(many);
+      many.rows = 37, many.d = 1032;
+      test(many);
+      many.rows = 9, many.d = 20000, many.multiprocessors = 5;  // a cluster of several parts, several turns
+      test(many);
+      Case some;
+      some.exact = exact, some.branch = some.stream = dtype;
+      for (int64_t d : {96, 8200})
+        for (int64_t offset : {0, 1}) {
+          if (d != 96 && offset == 0 && dtype == DType::f32) continue;
+          some.rows = d == 96 ? 130 : 3, some.d = d, some.x_offset = offset;
+          const Inputs in = make_inputs(some);
+          masks(some, in, run(some, in));
+        }
+      Case expanded = some;
+      expanded.d = 96, expanded.rows = 20, expanded.x_offset = 0, expanded.expanded_grad_y = true;
+      test(expanded);
+      Case saturated;
+      saturated.exact = exact, saturated.branch = saturated.stream = dtype, saturated.d = 256, saturated.rows = 6;
+      saturated.lam_value = 60;
+      test(saturated);
+      saturated.lam_value = 0;
+      test(saturated);
+    }
+  empty();
+  return rows::report("backward");
+}

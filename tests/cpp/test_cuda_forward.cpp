@@ -1,0 +1,312 @@
+// The forward kernels' source on the host, against float64.
+#include "forward.cu"
+
+#include "rows.h"
+
+using namespace bhyt;
+using rows::check;
+using rows::Tensor;
+
+namespace {
+
+struct Case {
+  int64_t rows = 3, d = 64;
+  DType branch = DType::f32, stream = DType::f32;
+  bool exact = true, residual = false;
+  int weight = int(DType::f32);  // a DType, or -1: none
+  DType lam = DType::f32;
+  int offset_dtype = -1;  // of variance_offset
+  int64_t x_offset = 0, pad = 0;  // storage offset and row padding, elements
+  bool clusters = true;
+  double lam_value = 2.0, kappa = 10.0;
+  simt::Order order = simt::Order::ascending;
+
+  std::string text() const {
+    char s[256];
+    std::snprintf(s, sizeof s, "%s%s rows=%lld d=%lld %s/%s weight=%s offset=%lld pad=%lld clusters=%d order=%d",
+                  exact ? "exact" : "approx", residual ? "+residual" : "", static_cast<long long>(rows),
+                  static_cast<long long>(d), rows::name(branch), rows::name(stream),
+                  weight < 0 ? "none" : rows::name(DType(weight)), static_cast<long long>(x_offset),
+                  static_cast<long long>(pad), clusters, int(order));
+    return s;
+  }
+};
+
+struct Inputs {
+  Tensor x, residual, weight, lam, offset, variance;
+};
+
+struct Outputs {
+  Tensor y, sum, variance;
+};
+
+Inputs make_inputs(const Case& c) {
+  Inputs in;
+  in.x = rows::random_rows(c.branch, c.rows, c.d, 1 + c.d, c.d + c.pad, c.x_offset);
+  if (c.residual) in.residual = rows::random_rows(c.stream, c.rows, c.d, 2 + c.d, c.d + c.pad, c.x_offset);
+  if (c.weight >= 0) {
+    in.weight = Tensor(DType(c.weight), 1, c.d, -1, c.x_offset);
+    for (int64_t i = 0; i < c.d; ++i) in.weight.set(0, i, 1 + 0.5 * std::sin(double(i)));
+  }
+  in.lam = Tensor(c.lam, 1, 1);
+  in.lam.set(0, 0, c.lam_value);
+  if (c.offset_dtype >= 0) {
+    in.offset = Tensor(DType(c.offset_dtype), 1, 1);
+    in.offset.set(0, 0, 0.125);
+  }
+  if (!c.exact) {
+    in.variance = Tensor(accumulate_dtype(c.stream), c.rows, 1);
+    for (int64_t row = 0; row < c.rows; ++row) in.variance.set(row, 0, row % 3 == 1 ? 0.01 : 0.9 + row);
+  }
+  return in;
+}
+
+Outputs run(const Case& c, const Inputs& in) {
+  Outputs out;
+  ForwardParams p;
+  p.rows = c.rows, p.d = c.d, p.branch = c.branch, p.stream = c.stream, p.exact = c.exact;
+  if (in.weight) p.weight = in.weight.values();
+  p.lam = in.lam.values();
+  if (in.offset) p.offset = in.offset.values();
+  p.kappa = c.kappa;
+  p.x = in.x.view();
+  out.y = Tensor(c.branch, c.rows, c.d);
+  p.y = out.y.data();
+  if (c.residual) {
+    p.residual = in.residual.view();
+    out.sum = Tensor(c.stream, c.rows, c.d);
+    p.sum = out.sum.data();
+  }
+  if (c.exact) {
+    out.variance = Tensor(accumulate_dtype(c.stream), c.rows, 1);
+    p.variance_out = out.variance.data();
+  } else {
+    p.variance = in.variance.data();
+  }
+  simt::machine().order = c.order;
+  cuda::Device device;
+  device.multiprocessors = 4;
+  device.hopper_or_later = c.clusters;
+  if (c.clusters) device.resident_clusters[1] = device.resident_clusters[2] = device.resident_clusters[3] = 2;
+  check(cuda::forward(p, device, {}) == cudaSuccess, "returns success: " + c.text());
+  check(out.y.guards_hold() && (!out.sum || out.sum.guards_hold()) && (!out.variance || out.variance.guards_hold()),
+        "writes within its outputs: " + c.text());
+  return out;
+}
+
+// The formula in float64 on the stored inputs; with the stored sum and, for approximate sites, the given variance.
+void compare(const Case& c, const Inputs& in, const Outputs& out) {
+  const double wide_limit = c.branch == c.stream ? 8 : 0.51;  // float64 arithmetic leaves fp32 only its rounding
+  const double y_limit = c.branch == DType::f64 ? 16 : c.branch == DType::f32 ? wide_limit : 0.55;
+  const double v_limit = c.stream == DType::f64 ? 1e-14 : 1e-6;
+  for (int64_t row = 0; row < c.rows; ++row) {
+    double v = 0;
+    const auto stream = [&](int64_t i) { return c.residual ? out.sum.get(row, i) : in.x.get(row, i); };
+    bool finite = true;
+    for (int64_t i = 0; i < c.d; ++i) {
+      if (c.residual) {
+        const double sum = rows::rounded(in.x.get(row, i) + in.residual.get(row, i), c.stream);
+        const double got = out.sum.get(row, i);
+        check(got == sum || (std::isnan(got) && std::isnan(sum)), "sum: " + c.text());
+      }
+      finite &= std::isfinite(stream(i));
+      v += stream(i) * stream(i);
+    }
+    v /= c.d;
+    if (c.exact) {
+      const double got = out.variance.get(row, 0);
+      check(finite ? std::fabs(got - v) <= v_limit * v : !std::isfinite(got), "variance: " + c.text());
+    } else {
+      v = in.variance.get(row, 0);
+    }
+    const double shifted = v + (in.offset ? in.offset.get(0, 0) : 0.) + 1e-6;
+    const double a = in.lam.get(0, 0) / (c.kappa * std::sqrt(shifted));
+    double worst = 0;
+    for (int64_t i = 0; i < c.d; ++i) {
+      const double y = (in.weight ? in.weight.get(0, i) : 1.) * std::tanh(a * stream(i)), got = out.y.get(row, i);
+      if (std::isnan(y) || std::isnan(got))
+        worst = std::isnan(y) && std::isnan(got) ? worst : INFINITY;
+      else
+        worst = std::fmax(worst, std::fabs(got - y) / rows::ulp(y, c.branch));
+    }
+    if (worst > y_limit) std::printf("  row %lld: %.3f ulp\n", static_cast<long long>(row), worst);
+    check(worst <= y_limit, "y: " + c.text());
+  }
+}
+
+bool same(const Tensor& a, const Tensor& b) {
+  if (!a || !b) return !a && !b;
+  for (int64_t row = 0; row < a.rows; ++row)
+    if (!a.same_bits(b, row, row)) return false;
+  return true;
+}
+bool same(const Outputs& a, const Outputs& b) {
+  return same(a.y, b.y) && same(a.sum, b.sum) && same(a.variance, b.variance);
+}
+
+// The same numbers elsewhere in memory, in another batch, on a device without clusters, in another order of threads.
+void invariances(const Case& c, const Inputs& in, const Outputs& out) {
+  const auto moved = [&](int64_t pad, int64_t offset, int64_t first, int64_t count) {
+    Inputs m;
+    m.x = copy_of(in.x, c.d + pad, offset, first, count);
+    if (in.residual) m.residual = copy_of(in.residual, c.d + pad, offset, first, count);
+    if (in.weight) m.weight = copy_of(in.weight, -1, offset);
+    m.lam = copy_of(in.lam, -1, 0);
+    if (in.offset) m.offset = copy_of(in.offset, -1, 0);
+    if (in.variance) m.variance = copy_of(in.variance, -1, 0, first, count);
+    return m;
+  };
+  Case other = c;
+  other.order = simt::Order::shuffled;
+  check(same(run(other, in), out), "the same bits in another order of threads: " + c.text());
+  other.order = simt::Order::descending;
+  other.clusters = false;
+  check(same(run(other, moved(3, 1, 0, c.rows)), out), "the same bits unaligned and without clusters: " + c.text());
+  other = c;
+  other.rows = 1;
+  const Outputs alone = run(other, moved(0, 0, c.rows - 1, 1));
+  check(alone.y.same_bits(out.y, 0, c.rows - 1) && (!out.sum || alone.sum.same_bits(out.sum, 0, c.rows - 1)) &&
+            (!c.exact || alone.variance.same_bits(out.variance, 0, c.rows - 1)),
+        "the same bits alone and in a batch: " + c.text());
+}
+
+void relations(const Case& c, const Inputs& in, const Outputs& out) {
+  if (!c.exact) return;
+  if (c.residual) {  // the sum, taken as an input: same variance; same y when its dtype is the branch's
+    Case plain = c;
+    plain.residual = false, plain.branch = c.stream, plain.x_offset = plain.pad = 0;
+    Inputs from_sum;
+    from_sum.x = copy_of(out.sum, -1, 0);
+    if (in.weight) from_sum.weight = copy_of(in.weight, -1, 0);
+    from_sum.lam = copy_of(in.lam, -1, 0);
+    const Outputs unfused = run(plain, from_sum);
+    check(same(unfused.variance, out.variance), "fused and unfused variances: " + c.text());
+    if (c.branch == c.stream) check(same(unfused.y, out.y), "fused and unfused y: " + c.text());
+  }
+  Case approx = c;  // given the variance: same y
+  approx.exact = false;
+  Inputs given;
+  given.x = copy_of(in.x, c.d + c.pad, c.x_offset);
+  if (c.residual) given.residual = copy_of(in.residual, c.d + c.pad, c.x_offset);
+  if (in.weight) given.weight = copy_of(in.weight, -1, 0);
+  given.lam = copy_of(in.lam, -1, 0);
+  given.variance = copy_of(out.variance, -1, 0);
+  check(same(run(approx, given).y, out.y), "approximate from the exact variance: " + c.text());
+}
+
+void test(const Case& c, bool with_invariances = true) {
+  const Inputs in = make_inputs(c);
+  const Outputs out = run(c, in);
+  compare(c, in, out);
+  if (!with_invariances) return;
+  invariances(c, in, out);
+  relations(c, in, out);
+}
+
+void non_finite(DType dtype, bool residual, double poison) {
+  Case c;
+  c.rows = 5, c.d = 96, c.branch = c.stream = dtype, c.residual = residual;
+  Inputs in = make_inputs(c);
+  in.x.set(2, 17, poison);
+  const Outputs out = run(c, in);
+  compare(c, in, out);
+  check(std::isnan(out.y.get(2, 17)), "a non-finite element gives NaN: " + c.text());
+  for (int64_t row = 0; row < c.rows; ++row)
+    for (int64_t i = 0; row != 2 && i < c.d; ++i)
+      check(std::isfinite(out.y.get(row, i)), "NaN stays in its row: " + c.text());
+}
+
+void zero_rows() {
+  Case c;
+  c.rows = 2, c.d = 40;
+  Inputs in = make_inputs(c);
+  for (int64_t i = 0; i < c.d; ++i) in.x.set(0, i, i % 2 ? -0. : 0.);
+  const Outputs out = run(c, in);
+  for (int64_t i = 0; i < c.d; ++i)
+    check(out.y.get(0, i) == 0 && std::signbit(out.y.get(0, i)) == (i % 2 == 1), "zeros stay zeros of their sign");
+}
+
+void empty() {
+  for (bool exact : {true, false}) {
+    Case c;
+    c.exact = exact, c.rows = 0;
+    const int64_t before = simt::machine().launches;
+    run(c, make_inputs(c));
+    check(simt::machine().launches == before, "no rows, no launch");
+    c.rows = 3, c.d = 0;
+    const Outputs out = run(c, make_inputs(c));
+    if (exact) check(std::isnan(out.variance.get(1, 0)), "the mean of nothing is NaN");
+  }
+}
+
+}  // namespace
+
+int main() {
+  struct Types {
+    DType branch, stream;
+  };
+  const Types types[] = {{DType::f32, DType::f32},  {DType::bf16, DType::bf16}, {DType::f16, DType::f16},
+                         {DType::bf16, DType::f32}, {DType::f16, DType::f32},   {DType::f64, DType::f64},
+                         {DType::bf16, DType::f64}, {DType::f16, DType::f64},   {DType::f32, DType::f64}};
+  int turn = 0;
+  for (const Types& t : types)
+    for (bool exact : {true, false})
+      for (bool residual : {false, true}) {
+        if (!residual && t.branch != t.stream) continue;
+        Case c;
+        c.branch = t.branch, c.stream = t.stream, c.exact = exact, c.residual = residual;
+        for (int64_t d : {1, 7, 8, 48, 64, 127, 128, 256, 768, 1000, 1536, 2048, 3584}) {
+          const DType weights[] = {t.branch, DType::f32, DType::f32, DType::f64, DType::bf16, DType::f16};
+          c.weight = turn % 6 == 2 ? -1 : int(weights[turn % 6]);
+          ++turn;
+          c.d = d;
+          c.rows = d < 1000 ? 11 : 3;
+          c.lam = DType(turn % 4);
+          c.offset_dtype = exact ? -1 : turn % 5 - 1;
+          test(c);
+        }
+        c.rows = 2, c.d = 72;
+        for (c.x_offset = 0; c.x_offset < 8; ++c.x_offset) c.pad = c.x_offset % 3 * 4, test(c, false);
+      }
+
+  for (const Types& t : {types[0], types[1], types[3]})  // long rows: several parts, clusters, loops
+    for (bool residual : {false, true}) {
+      if (!residual && t.branch != t.stream) continue;
+      for (int64_t d : {16384, 20000, 40001, 131072}) {
+        Case c;
+        c.branch = t.branch, c.stream = t.stream, c.residual = residual, c.d = d, c.rows = 2;
+        c.weight = int(t.branch);
+        const bool all = d == 20000 || (d == 131072 && t.stream == DType::bf16 && !residual);
+        test(c, all);
+        c.exact = false;
+        test(c, false);
+      }
+    }
+  {
+    Case many;  // more blocks than the device has multiprocessors; several rows per thread
+    many.exact = false, many.rows = 600, many.d = 520, many.branch = many.stream = DType::bf16;
+    many.weight = int(DType::bf16);
+    test(many);
+    many.exact = true, many.d = 24, many.rows = 205;
+    test(many);
+    Case saturated;  // arguments of tanh far beyond 1
+    saturated.d = 512, saturated.rows = 6, saturated.lam_value = 60;
+    test(saturated);
+    saturated.branch = saturated.stream = DType::f16;
+    test(saturated);
+    Case expanded;  // one row repeated
+    expanded.rows = 4, expanded.d = 64, expanded.pad = -64;
+    test(expanded, false);
+    Case large;  // squares beyond fp16
+    large.branch = large.stream = DType::f16, large.rows = 1, large.d = 256;
+    Inputs in = make_inputs(large);
+    for (int64_t i = 0; i < large.d; ++i) in.x.set(0, i, i % 2 ? 6e4 : -6e4);
+    compare(large, in, run(large, in));
+  }
+  for (double poison : {double(NAN), double(INFINITY), double(-INFINITY)})
+    for (bool residual : {false, true})
+      for (DType dtype : {DType::f32, DType::bf16, DType::f16, DType::f64}) non_finite(dtype, residual, poison);
+  zero_rows();
+  empty();
+  return rows::report("forward");
+}

@@ -1,0 +1,108 @@
+// The choice of configuration: every element has one thread, sizes are legal, and only d and the dtype decide.
+#include "ladder.h"
+
+#include <vector>
+
+#include "rows.h"
+
+using namespace bhyt;
+using namespace bhyt::cuda;
+using rows::check;
+
+namespace {
+
+std::vector<int64_t> lengths() {
+  std::vector<int64_t> d;
+  for (int64_t i = 1; i <= 1100; ++i) d.push_back(i);
+  for (int64_t i = 1024; i <= 1 << 18; i = i * 5 / 4 + 1) d.insert(d.end(), {i, i + 1, i / 8 * 8});
+  for (int64_t i = 1024; i <= 1 << 20; i *= 2) d.insert(d.end(), {i - 1, i, i + 1});
+  return d;
+}
+
+void ladder(const Ladder& l, int64_t d, int width, int most_packs) {
+  const std::string at = "d=" + std::to_string(d) + " width=" + std::to_string(width);
+  check(l.row_packs == (d + width - 1) / width, "packs cover the row: " + at);
+  const bool in_warp = l.threads <= 32;
+  check(in_warp ? 32 % l.threads == 0 : l.threads % 32 == 0, "a group is part of a warp or whole warps: " + at);
+  check(l.threads * l.groups <= kMaxThreads && (l.threads * l.groups) % 32 == 0, "a block is legal: " + at);
+  check(in_warp || l.groups <= 15, "enough named barriers: " + at);
+  check(in_warp ? l.parts == 1 : true, "short rows are not cut: " + at);
+  check(l.packs == 1 || l.packs == 2 || l.packs == 4, "compiled for so many packs: " + at);
+  check(l.packs <= most_packs, "no more packs than registers: " + at);
+  check(!l.fits_a_cluster() || power_of_two_from(l.parts) == l.parts, "a cluster is a power of two: " + at);
+  check(int64_t(l.parts) * l.packs * l.threads >= l.row_packs, "every pack has a thread: " + at);
+  if (l.row_packs > 64 * 1024) return;
+  std::vector<char> seen(l.row_packs, 0);
+  for (int part = 0; part < l.parts; ++part)
+    for (int k = 0; k < l.packs; ++k)
+      for (int lane = 0; lane < l.threads; ++lane) {
+        const int64_t pack = (int64_t(part) * l.packs + k) * l.threads + lane;
+        if (pack < l.row_packs) ++seen[pack];
+      }
+  bool once = true;
+  for (char n : seen) once &= n == 1;
+  check(once, "every pack has one thread: " + at);
+  const double used = double(l.row_packs) / (int64_t(l.parts) * l.packs * l.threads);
+  check(d < 64 || used >= 0.5, "no more than half of the threads idle: " + at);
+}
+
+void columns(int64_t d, DType dtype, int block_threads, int max_groups) {
+  const std::string at = "d=" + std::to_string(d) + " block=" + std::to_string(block_threads);
+  const Columns c = columns_for(d, dtype, block_threads, max_groups);
+  check(c.threads >= 1 && c.groups >= 1 && c.groups <= max_groups, "a block has threads: " + at);
+  check(c.threads * c.groups <= block_threads, "and not too many: " + at);
+  check(c.blocks == 65535 || c.blocks * c.threads >= ceil_div(d, pack_width(dtype)), "the grid covers the row: " + at);
+}
+
+void alignment() {
+  alignas(64) static char memory[256];
+  const auto wide = [&](DType dtype, int64_t d, int64_t stride, int offset, DType weight, int weight_offset) {
+    ForwardParams p;
+    p.d = d, p.branch = p.stream = dtype;
+    p.x = {memory + offset, stride};
+    p.y = memory;
+    p.weight = {memory + weight_offset, weight};
+    return is_wide(p);
+  };
+  check(wide(DType::bf16, 64, 64, 0, DType::bf16, 0), "dense bf16 rows are wide");
+  check(wide(DType::bf16, 64, 72, 16, DType::f32, 16), "as are rows 16 bytes on");
+  check(!wide(DType::bf16, 60, 64, 0, DType::bf16, 0), "d is no whole number of packs");
+  check(!wide(DType::bf16, 64, 68, 0, DType::bf16, 0), "rows step by 8 bytes");
+  check(!wide(DType::bf16, 64, 64, 2, DType::bf16, 0), "x starts off a pack");
+  check(!wide(DType::bf16, 64, 64, 0, DType::bf16, 8), "weight starts off a pack");
+  check(wide(DType::f32, 64, 68, 0, DType::bf16, 8), "4 bf16 gains are an access of 8 bytes");
+  BackwardParams b;
+  b.d = 64, b.branch = DType::bf16, b.stream = DType::f32;
+  b.x = {memory, 64}, b.grad_y = {memory + 8, 64}, b.grad_x = memory;
+  check(is_wide(b), "a bf16 branch on an fp32 stream moves by 8 bytes");
+  b.grad_y.data = memory + 4;
+  check(!is_wide(b), "or not at all");
+  b.grad_y = {memory, 0};
+  check(is_wide(b), "a repeated row is as good as any");
+  b.grad_sum = {memory + 4, 64};
+  check(!is_wide(b), "grad_sum counts");
+}
+
+}  // namespace
+
+int main() {
+  for (int64_t d : lengths())
+    for (DType dtype : {DType::f16, DType::f32, DType::f64}) {
+      ladder(forward_ladder(d, dtype), d, pack_width(dtype), kForwardPacks);
+      const Ladder backward = backward_ladder(d, dtype);
+      if (dtype != DType::f64) ladder(backward, d, pack_width(dtype), kBackwardElements / pack_width(dtype));
+      const int resident[] = {0, 66, 32, 16};
+      if (backward.fits_a_cluster())
+        check(persistent_blocks(backward, 132, resident) * backward.parts <= 2 * 132, "persistent blocks fit");
+      columns(d, dtype, 256, 256);
+      columns(d, dtype, 128, 1);
+    }
+  for (int64_t d : {int64_t(1) << 31, int64_t(1) << 40})
+    check(columns_for(d, DType::f16, 256, 256).blocks == 65535, "a row longer than the grid");
+  check(forward_ladder(4096, DType::bf16).threads == 128, "4096 in bf16: 4 packs for each of 128 threads");
+  check(forward_ladder(64, DType::bf16).groups == 32, "32 short rows share a block");
+  check(forward_ladder(131072, DType::bf16).parts == 8, "131072 in bf16 fits a cluster");
+  check(backward_ladder(4096, DType::bf16).groups == 2, "backward: two rows of 256 threads share a block");
+  alignment();
+  return rows::report("ladder");
+}

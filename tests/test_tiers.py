@@ -1,0 +1,53 @@
+"""Every CPU instruction set: the tests marked `every_tier`, each in a process whose tier is forced.
+
+They assert SPEC.md section 3 against float64; USERS rows 7, 8, 11, 13, 14, 15, 17 and 18 for every tier.
+"""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+TESTS = Path(__file__).parent
+FILES = ("test_accuracy.py", "test_determinism.py", "test_dtypes.py", "test_nonfinite.py")
+# How torch names what ATEN_CPU_CAPABILITY asks for.
+TIERS = {"default": "DEFAULT", "avx2": "AVX2", "avx512": "AVX512"}
+
+
+def in_tier(tier: str, *command: str) -> subprocess.CompletedProcess:
+    environment = {**os.environ, "ATEN_CPU_CAPABILITY": tier, "CUDA_VISIBLE_DEVICES": ""}
+    return subprocess.run(
+        [sys.executable, *command], cwd=TESTS, env=environment, capture_output=True, text=True, timeout=900
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("tier", TIERS)
+def test_tier(tier: str) -> None:
+    """The error targets, determinism and non-finite rules of SPEC.md section 3 hold with this instruction
+    set."""
+    if TIERS[tier] == torch.backends.cpu.get_cpu_capability():
+        pytest.skip(f"{tier} is what this process runs: the tests marked every_tier cover it here")
+    probe = in_tier(tier, "-c", "import torch; print(torch.backends.cpu.get_cpu_capability())")
+    if probe.stdout.strip() != TIERS[tier]:
+        pytest.skip(f"this CPU has no {tier}")
+    run = in_tier(
+        tier,
+        "-m",
+        "pytest",
+        "-q",
+        "-x",
+        "--tb=short",
+        "-p",
+        "no:cacheprovider",
+        "-m",
+        "every_tier and not slow",
+        "-k",
+        "not cuda",
+        *FILES,
+    )
+    assert run.returncode == 0, f"{tier}:\n{run.stdout[-6000:]}\n{run.stderr[-2000:]}"
+    assert f"cpu tier {TIERS[tier]}" in run.stdout
