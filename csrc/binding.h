@@ -62,7 +62,7 @@ class RowViews {
   }
 
  private:
-  std::array<Tensor, 5> kept_;
+  std::array<Tensor, 6> kept_;  // a backward has six inputs beside lam and variance_offset
   int count_ = 0;
 };
 
@@ -130,8 +130,7 @@ struct BackwardCall {
 
   BackwardCall(Allocate allocate, bool exact, const Tensor& grad_y, const OptionalTensor& grad_variance_in,
                const OptionalTensor& grad_sum, const Tensor& x, const Tensor& variance, const OptionalTensor& offset,
-               const OptionalTensor& weight,
-               const Tensor& lam, double kappa, double eps, Wanted wanted) {
+               const OptionalTensor& weight, const Tensor& lam, double kappa, double eps, Wanted wanted) {
     checks::site(x, weight, lam, kappa, eps);
     checks::gradients(grad_y, grad_sum, x);
     checks::given_variance(x, variance, offset);

@@ -279,6 +279,8 @@ int main() {
       }
       c.rows = 2, c.d = 72, c.grad_sum = true;
       for (c.x_offset = 0; c.x_offset < 8; ++c.x_offset) c.pad = c.x_offset % 3 * 4, test(c, false);
+      c.x_offset = 0;
+      for (c.pad = 1; c.pad <= 4; ++c.pad) test(c, false);  // the first row is aligned, the second is not
     }
 
   for (const Types& t : {types[0], types[1], types[3], types[5]})  // long rows: several parts, clusters, loops
