@@ -156,7 +156,8 @@ void forward_rows(const ForwardParams& p, const void* weight_data, int64_t begin
       const Row row(p, i);
       const Row later = p.exact && i + at_once < end ? Row(p, i + at_once) : none;
       if (!p.exact)
-        row.apply(p.d, a[i - first], weight, later, [&](int64_t j, auto span, int k) { return row.stream(j, span, k); });
+        row.apply(p.d, a[i - first], weight, later,
+                  [&](int64_t j, auto span, int k) { return row.stream(j, span, k); });
       else if (row.residual)
         row.apply(p.d, a[i - first], weight, later,
                   [&](int64_t j, auto span, int k) { return span.template load<V>(row.sum + j, k); });
