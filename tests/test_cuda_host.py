@@ -34,7 +34,10 @@ def tool(name: str) -> str | None:
 
 
 def run(command: list[str], timeout: float) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(command, capture_output=True, text=True, timeout=timeout)
+    # cuobjdump looks for nvdisasm on the path, and finds it beside itself.
+    path = os.pathsep.join([os.environ.get("PATH", ""), str(Path(command[0]).parent)])
+    environment = {**os.environ, "PATH": path}
+    return subprocess.run(command, capture_output=True, text=True, timeout=timeout, env=environment)
 
 
 @pytest.fixture(scope="module")
@@ -103,7 +106,7 @@ def compiled(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
     target = tmp_path_factory.mktemp("cuda") / f"{request.param}.o"
     codes = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in archs]
     codes.append(f"-gencode=arch=compute_{archs[-1]},code=compute_{archs[-1]}")
-    options = ["-std=c++20", "-O3", "-Xptxas", "-v", "--threads", "2", *codes]
+    options = ["-std=c++17", "-O3", "-Xptxas", "-v", "--threads", "2", *codes]
     done = run([nvcc, *options, "-c", str(KERNELS / f"{request.param}.cu"), "-o", str(target)], 900)
     assert done.returncode == 0, done.stderr
     return target, done.stdout + done.stderr, request.param
@@ -124,7 +127,7 @@ def test_kernels_compile_without_spills(compiled: tuple[Path, str, str]) -> None
 def test_tuned_kernels_move_16_bytes_at_a_time(compiled: tuple[Path, str, str]) -> None:
     target, _, name = compiled
     cuobjdump = tool("cuobjdump")
-    if cuobjdump is None or tool("nvdisasm") is None and "cu13" in cuobjdump:
+    if cuobjdump is None or tool("nvdisasm") is None:
         pytest.skip("no cuobjdump: the machine code was not read")
     sass = run([cuobjdump, "-sass", "-arch", "sm_90", str(target)], 600).stdout
     kernels = re.split(r"\n\s*Function : ", sass)[1:]

@@ -38,7 +38,6 @@ def test_tier(tier: str) -> None:
         tier,
         "-m",
         "pytest",
-        "-q",
         "-x",
         "--tb=short",
         "-p",

@@ -69,12 +69,16 @@ inline T* row_of(void* data, int64_t i, int64_t d) {
   return data == nullptr ? nullptr : static_cast<T*>(data) + i * d;
 }
 
-// An exact site reads a row in its first pass and writes in its second. Asking for later rows during the second keeps
-// both directions of the memory busy: from 0.80 to 0.95 of a copy's rate at 4096 x 16384 float32, 0.64 to 0.84 at
-// 4096 x 2048 bfloat16.
+// An exact site reads a row in its first pass and writes in its second. Where rows come from memory, each pass asks for
+// what the other one needs: the second for later rows, the first for the lines that will be written. Both directions
+// of the memory are then busy all the time; benchmarks/README.md has what that brings.
 template <typename V, typename T>
 inline void prefetch(const T* row, int64_t j, int k) {
   if (row != nullptr) __builtin_prefetch(row + j + k * V::N);
+}
+template <typename V, typename T>
+inline void prefetch_to_write(T* row, int64_t j, int k) {
+  if (row != nullptr) __builtin_prefetch(row + j + k * V::N, 1);
 }
 
 // X: branch, R: stream, A: accumulate type in memory (weight, variances). tanh is as accurate as the stream
@@ -102,10 +106,12 @@ struct ForwardRow {
     return span.template load<V>(sum + j, k);
   }
 
-  double mean_square(int64_t d) const {
+  // written: the row of y that will be written next, null if not worth asking for.
+  double mean_square(int64_t d, X* written) const {
     RowSum<V> squares;
     squares.over(d, [&](int64_t j, auto span) {
       for (int k = 0; k < span.count; ++k) {
+        prefetch_to_write<V>(written, j, k);
         const F s = stream(j, span, k);
         squares.add(k, s, s);
       }
@@ -122,6 +128,7 @@ struct ForwardRow {
       for (int k = 0; k < span.count; ++k) {
         prefetch<V>(later.x, j, k);
         prefetch<V>(later.residual, j, k);
+        prefetch_to_write<V>(later.sum, j, k);
         z[k] = V::mul(scale, load(j, span, k));
       }
       tanh_group<V, R>(z, t);
@@ -133,6 +140,8 @@ struct ForwardRow {
 
 // Statistics first, for as many rows as stay in the nearest cache: the sums, roots and divisions of short rows overlap.
 constexpr int64_t kRowsAtOnce = 8, kElementsAtOnce = 4096;
+// Tensors up to this size are taken to lie in a core's own caches, where asking ahead is only work.
+constexpr int64_t kCachedBytes = 1 << 19;
 
 template <typename V, typename X, typename R, typename A>
 void forward_rows(const ForwardParams& p, const void* weight_data, int64_t begin, int64_t end) {
@@ -142,19 +151,23 @@ void forward_rows(const ForwardParams& p, const void* weight_data, int64_t begin
   const int64_t fitting = kElementsAtOnce / (p.d > 0 ? p.d : 1);
   const int64_t at_once = !p.exact || fitting < 1 ? 1 : fitting < kRowsAtOnce ? fitting : kRowsAtOnce;
   const Row none(ForwardParams{}, 0);
+  const bool from_memory = p.exact && p.rows * p.d * int64_t{sizeof(R)} > kCachedBytes;
 
   for (int64_t first = begin; first < end; first += at_once) {
     const int64_t last = first + at_once < end ? first + at_once : end;
     double a[kRowsAtOnce];
     for (int64_t i = first; i < last; ++i) {
-      if (p.exact) static_cast<A*>(p.variance_out)[i] = static_cast<A>(Row(p, i).mean_square(p.d));
+      if (p.exact) {
+        const Row row(p, i);
+        static_cast<A*>(p.variance_out)[i] = static_cast<A>(row.mean_square(p.d, from_memory ? row.y : nullptr));
+      }
       // The variance as rounded: forward_approx given this variance gives the same bits.
       const double v = p.exact ? static_cast<A*>(p.variance_out)[i] : static_cast<const A*>(p.variance)[i];
       a[i - first] = lam / (p.kappa * std::sqrt(v + offset + p.eps));
     }
     for (int64_t i = first; i < last; ++i) {
       const Row row(p, i);
-      const Row later = p.exact && i + at_once < end ? Row(p, i + at_once) : none;
+      const Row later = from_memory && i + at_once < end ? Row(p, i + at_once) : none;
       if (!p.exact)
         row.apply(p.d, a[i - first], weight, later,
                   [&](int64_t j, auto span, int k) { return row.stream(j, span, k); });
@@ -176,6 +189,7 @@ void backward_chunks(const BackwardParams& p, const void* weight_data, const Par
   const double lam = read(p.lam), offset = p.offset.data ? read(p.offset) : 0;
   const double d = static_cast<double>(p.d);
   const auto chunks = chunks_of(p.rows);
+  const bool from_memory = p.exact && p.rows * p.d * int64_t{sizeof(R)} > kCachedBytes;
   // g of one row, between the two passes of an exact site
   std::unique_ptr<A[]> g_row(p.exact && p.grad_x ? new A[p.d] : nullptr);
 
@@ -190,6 +204,8 @@ void backward_chunks(const BackwardParams& p, const void* weight_data, const Par
       const R* grad_sum = row_of<R>(p.grad_sum, i);
       const R* x = row_of<R>(p.x, i);
       R* grad_x = row_of<R>(p.grad_x, i, p.d);
+      R* written = from_memory ? grad_x : nullptr;
+      const R* grad_sum_read = from_memory ? grad_sum : nullptr;
       const double shifted = static_cast<const A*>(p.variance)[i] + offset + p.eps;
       const double a_over_lam = 1 / (p.kappa * std::sqrt(shifted));
       const F a = V::set1(lam * a_over_lam);
@@ -198,6 +214,8 @@ void backward_chunks(const BackwardParams& p, const void* weight_data, const Par
       S.over(p.d, [&](int64_t j, auto span) {
         F xs[span.count], z[span.count], t[span.count], slope[span.count];
         for (int k = 0; k < span.count; ++k) {
+          prefetch_to_write<V>(written, j, k);
+          prefetch<V>(grad_sum_read, j, k);
           xs[k] = span.template load<V>(x + j, k);
           z[k] = V::mul(a, xs[k]);
         }
@@ -227,8 +245,9 @@ void backward_chunks(const BackwardParams& p, const void* weight_data, const Par
       if (p.exact && grad_x) {
         const double from_v = p.grad_variance ? 2 * static_cast<const A*>(p.grad_variance)[i] / d : 0;
         const F along_x = V::set1(from_v - a_S / (d * shifted));
-        const R* next_x = i + 1 < last ? row_of<R>(p.x, i + 1) : nullptr;
-        const X* next_grad_y = i + 1 < last ? row_of<X>(p.grad_y, i + 1) : nullptr;
+        const bool fetches_next = from_memory && i + 1 < last;
+        const R* next_x = fetches_next ? row_of<R>(p.x, i + 1) : nullptr;
+        const X* next_grad_y = fetches_next ? row_of<X>(p.grad_y, i + 1) : nullptr;
         sweep<V>(0, p.d, [&](int64_t j, auto span) {
           for (int k = 0; k < span.count; ++k) {
             prefetch<V>(next_x, j, k);

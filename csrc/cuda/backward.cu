@@ -37,10 +37,14 @@ BHYT_DEVICE A gradient(const Pack<Stream, W>& x_pack, const Pack<Branch, W>& gra
   return dot(g, x);
 }
 
+template <class A>
+BHYT_DEVICE A grad_variance_at(const BackwardParams& p, int64_t row) {
+  return p.grad_variance ? static_cast<const A*>(p.grad_variance)[row] : A(0);
+}
+
 // The factor of x in an exact grad_x.
 template <class A>
-BHYT_DEVICE A factor_of_x(const BackwardParams& p, A d, const Scale<A>& scale, A sum, int64_t row) {
-  const A dv = p.grad_variance ? static_cast<const A*>(p.grad_variance)[row] : A(0);
+BHYT_DEVICE A factor_of_x(A d, const Scale<A>& scale, A sum, A dv) {
   return hw::div(hw::fma(A(2), dv, -hw::div(hw::mul(scale.a, sum), scale.shifted)), d);
 }
 
@@ -94,7 +98,7 @@ BHYT_KERNEL(kMaxThreads) backward_rows_persistent(const BackwardParams p, const 
   StreamPack x[N], next_x[N];
   BranchPack grad_y[N];
   Gains<Weight, A, W> gains[N];
-  A columns[N][W], lam = 0, v = 0;
+  A columns[N][W], lam = 0, v = 0, next_dv = 0;
 #pragma unroll
   for (int k = 0; k < N; ++k) {
     next_x[k] = StreamPack::zero();
@@ -107,6 +111,7 @@ BHYT_KERNEL(kMaxThreads) backward_rows_persistent(const BackwardParams p, const 
   const auto load_row = [&](int64_t row) {
     if (row >= p.rows) return;
     v = static_cast<const A*>(p.variance)[row];
+    if (exact) next_dv = grad_variance_at<A>(p, row);
 #pragma unroll
     for (int k = 0; k < N; ++k)
       if (exists(k)) {
@@ -122,6 +127,7 @@ BHYT_KERNEL(kMaxThreads) backward_rows_persistent(const BackwardParams p, const 
     const int64_t row = first + at.group;
     const bool inside = row < p.rows;
     const Scale<A> scale = scalars(v);
+    const A dv = next_dv;
 
     A g[N][W], sum = 0;
 #pragma unroll
@@ -154,7 +160,7 @@ BHYT_KERNEL(kMaxThreads) backward_rows_persistent(const BackwardParams p, const 
       if (inside) {
         lam = hw::fma(scale.per_lam, sum, lam);
         if constexpr (exact) {
-          store_grad_x(factor_of_x(p, constants.d, scale, sum, row));
+          store_grad_x(factor_of_x(constants.d, scale, sum, dv));
         } else if (p.grad_variance_out && at.lane == 0 && at.part == 0) {
           static_cast<A*>(p.grad_variance_out)[row] = grad_variance_of(scale, sum);
         }
@@ -261,7 +267,7 @@ backward_columns(const BackwardParams p, const Constants<Accumulate<Stream>> con
       if (p.grad_sum.data)
         grad_sum = StreamPack::template load<wide>(
             static_cast<const Stream*>(p.grad_sum.data) + row * p.grad_sum.stride, pack * W, p.d);
-      const A c = exact ? factor_of_x(p, constants.d, scale, out.row_sums[row], row) : A(0);
+      const A c = exact ? factor_of_x(constants.d, scale, out.row_sums[row], grad_variance_at<A>(p, row)) : A(0);
       grad_x_pack<exact>(g, x, scale.a, c, grad_sum)
           .template store<wide>(static_cast<Stream*>(p.grad_x) + row * p.d, pack * W, p.d);
     }
