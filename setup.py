@@ -1,7 +1,7 @@
 """Builds the op library `bhyt/_ops`, for the torch in this environment.
 
 BHYT_CUDA=1 demands the CUDA kernels, BHYT_CUDA=0 leaves them out; unset, they are built when nvcc is found, whether or
-not a GPU is visible. MAX_JOBS bounds parallel compilation.
+not a GPU is visible. BHYT_CUDA_ARCHS="90" builds for fewer architectures. MAX_JOBS bounds parallel compilation.
 """
 
 import os
@@ -18,7 +18,7 @@ ROOT = Path(__file__).parent
 # A translation unit with torch headers takes up to 1 GB to compile: four at a time stay within 4 GB.
 os.environ.setdefault("MAX_JOBS", str(min(4, os.cpu_count() or 1)))
 # Real machine code for each generation, and PTX of the newest for those to come.
-CUDA_ARCHS = ("80", "90", "100", "120")
+CUDA_ARCHS = os.environ.get("BHYT_CUDA_ARCHS", "80 90 100 120").split()
 
 
 def cuda_home():

@@ -23,14 +23,14 @@ inline Tensor scale_over_lam(const Tensor& variance, const OptionalTensor& offse
   return (v + eps).rsqrt() / kappa;
 }
 
-// y = weight * tanh(a x) in the accumulate dtype, rounded once to `dtype`.
+// y = weight * tanh(a x) in the accumulate dtype, rounded once to `dtype`; contiguous, as Meta says of every output.
 inline Tensor apply_site(const Tensor& row, const Tensor& variance, const OptionalTensor& offset,
                          const OptionalTensor& weight, const Tensor& lam, double kappa, double eps,
                          at::ScalarType dtype) {
   const Tensor a = lam.to(row.scalar_type()).reshape({}) * scale_over_lam(variance, offset, kappa, eps);
   Tensor y = (row * a).tanh();
   if (weight) y = y * weight->to(row.scalar_type());
-  return y.to(dtype);
+  return y.to(dtype).contiguous();
 }
 
 inline Tensor accumulate(const Tensor& t) { return t.to(checks::accumulate_type(t.scalar_type())); }
@@ -54,7 +54,7 @@ inline std::tuple<Tensor, Tensor, Tensor> add_forward(const Tensor& x, const Ten
                                                       double eps) {
   checks::residual(x, residual);
   checks::site(x, weight, lam, kappa, eps);
-  const Tensor sum = residual + x, row = accumulate(sum), variance = mean_square(row);
+  const Tensor sum = (residual + x).contiguous(), row = accumulate(sum), variance = mean_square(row);
   return {apply_site(row, variance, {}, weight, lam, kappa, eps, x.scalar_type()), sum, variance};
 }
 
@@ -64,7 +64,7 @@ inline std::tuple<Tensor, Tensor> add_forward_approx(const Tensor& x, const Tens
   checks::residual(x, residual);
   checks::site(x, weight, lam, kappa, eps);
   checks::given_variance(residual, variance, offset);
-  const Tensor sum = residual + x;
+  const Tensor sum = (residual + x).contiguous();
   return {apply_site(accumulate(sum), variance, offset, weight, lam, kappa, eps, x.scalar_type()), sum};
 }
 
@@ -87,7 +87,9 @@ struct Terms {
   }
 
   Tensor grad_weight(const Tensor& grad_y, const Tensor& weight) const {
-    return (grad_y.to(t.scalar_type()) * t).reshape_symint({-1, weight.sym_size(0)}).sum(0).to(weight.scalar_type());
+    Tensor columns = grad_y.to(t.scalar_type()) * t;
+    while (columns.dim() > 1) columns = columns.sum(0);
+    return columns.to(weight.scalar_type());
   }
 
   Tensor grad_lam(const Tensor& lam) const {
@@ -111,7 +113,7 @@ inline std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad_y, const O
     if (grad_variance) per_row = per_row - 2 * *grad_variance;
     grad_x = k.a * k.g - k.row * (per_row / c10::Scalar(x.sym_size(-1)));
     if (grad_sum) grad_x = grad_x + *grad_sum;
-    grad_x = grad_x.to(x.scalar_type());
+    grad_x = grad_x.to(x.scalar_type()).contiguous();
   }
   if (output_mask[1] && weight) grad_weight = k.grad_weight(grad_y, *weight);
   if (output_mask[2]) grad_lam = k.grad_lam(lam);
@@ -132,7 +134,7 @@ inline std::tuple<Tensor, Tensor, Tensor, Tensor> backward_approx(const Tensor& 
   if (output_mask[0]) {
     grad_x = k.a * k.g;
     if (grad_sum) grad_x = grad_x + *grad_sum;
-    grad_x = grad_x.to(x.scalar_type());
+    grad_x = grad_x.to(x.scalar_type()).contiguous();
   }
   if (output_mask[1]) {
     // 1 / (v' + eps) = (kappa * scale)^2

@@ -58,7 +58,7 @@ BHYT_DEVICE Pack<Branch, W> site(const Pack<Stream, W>& pack, A a, const Gains<W
   A z[W], y[W];
 #pragma unroll
   for (int j = 0; j < W; ++j) z[j] = hw::mul(a, pack.template get<A>(j));
-  tanh_for<Branch>(z, y);
+  tanh_for<Stream>(z, y);
 #pragma unroll
   for (int j = 0; j < W; ++j) y[j] = hw::mul(gains.get(j), y[j]);
   return Pack<Branch, W>::of(y);

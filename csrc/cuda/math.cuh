@@ -189,11 +189,12 @@ BHYT_DEVICE void tanh_and_slope(const double (&z)[W], double (&t)[W], double (&u
   }
 }
 
-// t = tanh(z) as exactly as a y of type Branch can show. For 16-bit y the instruction's 1.1e-5 is 0.003 ulp of bf16
-// and 0.023 ulp of fp16 on top of the 0.5 of rounding; a float y gets the accurate one.
-template <class Branch, class A, int W>
+// t = tanh(z) as exactly as the stream asks: a narrow branch on a wide stream gets what add-then-forward would give it,
+// y of the sum, rounded. For 16-bit streams the instruction's 1.1e-5 is 0.003 ulp of bf16 and 0.023 ulp of fp16 on top
+// of the 0.5 of rounding; a float stream gets the accurate one.
+template <class Stream, class A, int W>
 BHYT_DEVICE void tanh_for(const A (&z)[W], A (&t)[W]) {
-  if constexpr (sizeof(Branch) == 2 && std::is_same_v<A, float>) {
+  if constexpr (sizeof(Stream) == 2 && std::is_same_v<A, float>) {
 #pragma unroll
     for (int j = 0; j < W; ++j) t[j] = hw::tanh_approx(z[j]);
   } else {

@@ -1,0 +1,314 @@
+// Backward, with z = a x, t = tanh z, u = 1 - t^2, g = grad_y * weight * u, S = sum over the row of g x:
+//   exact         grad_x = a g + x (2 grad_v - a S / shifted) / d + grad_sum
+//   approximate   grad_x = a g + grad_sum;    grad_v = -a S / (2 shifted)
+//   both          grad_lam = sum over rows of S / (kappa sqrt(shifted));    grad_weight = sum over rows of grad_y * t
+// where shifted = v + offset + eps.
+#pragma once
+
+#include "reduce.cuh"
+
+namespace bhyt::cuda {
+namespace {
+
+// What leaves the row kernels for the sums over rows; `count` partial sums of each column, and of grad_lam.
+template <class A>
+struct Partials {
+  A* weight = nullptr;    // [count, d], optional
+  A* lam = nullptr;       // [lam_count], optional
+  A* row_sums = nullptr;  // [rows], the split kernels' S
+  int64_t count = 0;
+  int64_t lam_count = 0;
+};
+
+// g and S over one pack; grad_weight's terms are added to `columns`.
+template <class A, class Branch, class Stream, int W, class Weight>
+BHYT_DEVICE A gradient(const Pack<Stream, W>& x_pack, const Pack<Branch, W>& grad_y, const Gains<Weight, A, W>& gains,
+                       A a, A (&g)[W], A (&columns)[W]) {
+  A x[W], z[W], t[W], u[W];
+  x_pack.get_all(x);
+#pragma unroll
+  for (int j = 0; j < W; ++j) z[j] = hw::mul(a, x[j]);
+  tanh_and_slope<sizeof(Stream) == 2>(z, t, u);
+#pragma unroll
+  for (int j = 0; j < W; ++j) {
+    const A dy = grad_y.template get<A>(j);
+    columns[j] = hw::fma(dy, t[j], columns[j]);
+    g[j] = hw::mul(hw::mul(dy, gains.get(j)), u[j]);
+  }
+  return dot(g, x);
+}
+
+template <class A>
+BHYT_DEVICE A grad_variance_at(const BackwardParams& p, int64_t row) {
+  return p.grad_variance ? static_cast<const A*>(p.grad_variance)[row] : A(0);
+}
+
+// The factor of x in an exact grad_x.
+template <class A>
+BHYT_DEVICE A factor_of_x(A d, const Scale<A>& scale, A sum, A dv) {
+  return hw::div(hw::fma(A(2), dv, -hw::div(hw::mul(scale.a, sum), scale.shifted)), d);
+}
+
+template <class A>
+BHYT_DEVICE A grad_variance_of(const Scale<A>& scale, A sum) {
+  return hw::div(hw::mul(hw::mul(A(-0.5), scale.a), sum), scale.shifted);
+}
+
+// a g + x c + grad_sum, rounded once; c = 0 for approximate sites
+template <bool exact, class A, class Stream, int W>
+BHYT_DEVICE Pack<Stream, W> grad_x_pack(const A (&g)[W], const Pack<Stream, W>& x, A a, A c,
+                                        const Pack<Stream, W>& grad_sum) {
+  A dx[W];
+#pragma unroll
+  for (int j = 0; j < W; ++j) {
+    dx[j] = grad_sum.template get<A>(j);
+    if constexpr (exact) dx[j] = hw::fma(x.template get<A>(j), c, dx[j]);
+    dx[j] = hw::fma(a, g[j], dx[j]);
+  }
+  return Pack<Stream, W>::of(dx);
+}
+
+// Wide. Persistent blocks: a group of threads goes through rows, its packs of the next row on their way while this
+// one's sum is made; the columns' sums stay in registers until the end, when the block's groups add theirs in turn.
+template <class Branch, class Stream, class Weight, bool exact>
+BHYT_KERNEL(kMaxThreads) backward_rows_persistent(const BackwardParams p, const Constants<float> constants,
+                                                  const Ladder ladder, const Partials<float> out) {
+  using A = float;
+  constexpr int W = kPackWidth<Stream>;
+  constexpr int N = kBackwardElements / W;
+  // 16-bit gains stay in registers beside 16-bit rows; others are read again for every row, from L1.
+  constexpr bool keep_gains = sizeof(Weight) == 2 && sizeof(Stream) == 2;
+  using StreamPack = Pack<Stream, W>;
+  using BranchPack = Pack<Branch, W>;
+  auto& slots = *reinterpret_cast<SumSlots<A>*>(hw::shared());
+  A* const block_columns = reinterpret_cast<A*>(hw::shared() + sizeof(SumSlots<A>));  // [W * N * threads], then lam's
+  const bool need_sum = out.lam != nullptr || (exact ? p.grad_x != nullptr : p.grad_variance_out != nullptr);
+  if (ladder.parts > 1 && need_sum) hw::cluster_arrive();
+  const Place at;
+  const SiteScalars<A> scalars(p, constants);
+  const auto pack_of = [&](int k) { return (at.part * N + k) * ladder.threads + at.lane; };
+  const auto exists = [&](int k) { return pack_of(k) < ladder.row_packs; };
+  const auto* const x_rows = static_cast<const Stream*>(p.x.data);
+  const auto* const grad_y_rows = static_cast<const Branch*>(p.grad_y.data);
+  const auto* const grad_sum_rows = static_cast<const Stream*>(p.grad_sum.data);
+
+  const auto load_gains = [&](int k) {
+    return exists(k) ? Gains<Weight, A, W>::template load<true>(p.weight, pack_of(k) * W, p.d)
+                     : Gains<Weight, A, W>::ones();
+  };
+  StreamPack x[N], next_x[N];
+  BranchPack grad_y[N];
+  Gains<Weight, A, W> gains[N];
+  A columns[N][W], lam = 0, v = 0, next_dv = 0;
+#pragma unroll
+  for (int k = 0; k < N; ++k) {
+    next_x[k] = StreamPack::zero();
+    grad_y[k] = BranchPack::zero();
+    if (keep_gains) gains[k] = load_gains(k);
+#pragma unroll
+    for (int j = 0; j < W; ++j) columns[k][j] = 0;
+  }
+
+  const auto load_row = [&](int64_t row) {
+    if (row >= p.rows) return;
+    v = static_cast<const A*>(p.variance)[row];
+    if (exact) next_dv = grad_variance_at<A>(p, row);
+#pragma unroll
+    for (int k = 0; k < N; ++k)
+      if (exists(k)) {
+        next_x[k] = StreamPack::template load<true>(x_rows + row * p.x.stride, pack_of(k) * W, p.d);
+        grad_y[k] = BranchPack::template load<true>(grad_y_rows + row * p.grad_y.stride, pack_of(k) * W, p.d);
+      }
+  };
+
+  const int64_t step = hw::blocks_x() * ladder.groups;
+  int64_t first = hw::block_x() * ladder.groups;  // the block's row; the same number of turns for all its threads
+  load_row(first + at.group);
+  for (int turn = 0; first < p.rows; first += step, ++turn) {
+    const int64_t row = first + at.group;
+    const bool inside = row < p.rows;
+    const Scale<A> scale = scalars(v);
+    const A dv = next_dv;
+
+    A g[N][W], sum = 0;
+#pragma unroll
+    for (int k = 0; k < N; ++k) {
+      if (!keep_gains) gains[k] = load_gains(k);
+      x[k] = next_x[k];
+      if (inside && exists(k)) sum = hw::add(sum, gradient(x[k], grad_y[k], gains[k], scale.a, g[k], columns[k]));
+    }
+    StreamPack grad_sum[N];
+#pragma unroll
+    for (int k = 0; k < N; ++k) {
+      grad_sum[k] = StreamPack::zero();
+      if (grad_sum_rows && inside && exists(k))
+        grad_sum[k] = StreamPack::template load<true>(grad_sum_rows + row * p.grad_sum.stride, pack_of(k) * W, p.d);
+    }
+    load_row(row + step);
+
+    const auto store_grad_x = [&](A c) {
+      if (p.grad_x == nullptr || !inside) return;
+#pragma unroll
+      for (int k = 0; k < N; ++k)
+        if (exists(k))
+          grad_x_pack<exact>(g[k], x[k], scale.a, c, grad_sum[k])
+              .template store<true>(static_cast<Stream*>(p.grad_x) + row * p.d, pack_of(k) * W, p.d);
+    };
+    if constexpr (!exact) store_grad_x(A(0));
+    if (need_sum) {
+      sum = group_sum<true>(sum, ladder, at, slots, turn);
+      if (ladder.parts > 1) sum = cluster_sum(sum, ladder, at, slots, turn);
+      if (inside) {
+        lam = hw::fma(scale.per_lam, sum, lam);
+        if constexpr (exact) {
+          store_grad_x(factor_of_x(constants.d, scale, sum, dv));
+        } else if (p.grad_variance_out && at.lane == 0 && at.part == 0) {
+          static_cast<A*>(p.grad_variance_out)[row] = grad_variance_of(scale, sum);
+        }
+      }
+    }
+  }
+
+  hw::let_next_grid_start();
+  // Groups within a warp hold the same columns of other rows: 16 lanes away, 8, ..
+  if (ladder.threads < 32) {
+#pragma unroll
+    for (int mask = 16; mask > 0; mask /= 2)
+      if (mask >= ladder.threads) {
+#pragma unroll
+        for (int k = 0; k < N; ++k)
+#pragma unroll
+          for (int j = 0; j < W; ++j) columns[k][j] = hw::add(columns[k][j], hw::shuffle_xor(columns[k][j], mask));
+        lam = hw::add(lam, hw::shuffle_xor(lam, mask));
+      }
+  }
+  const int groups_per_warp = ladder.threads < 32 ? 32 / ladder.threads : 1;
+  const int turns = (ladder.groups + groups_per_warp - 1) / groups_per_warp;
+  const int width = N * ladder.threads;  // packs of columns in the block
+  A& block_lam = block_columns[width * W];
+  for (int turn = 0; turn < turns; ++turn) {
+    if (at.group == turn * groups_per_warp) {
+#pragma unroll
+      for (int k = 0; k < N; ++k)
+#pragma unroll
+        for (int j = 0; j < W; ++j) {
+          A& column = block_columns[(j * N + k) * ladder.threads + at.lane];
+          column = turn == 0 ? columns[k][j] : hw::add(column, columns[k][j]);
+        }
+      if (at.lane == 0) block_lam = turn == 0 ? lam : hw::add(block_lam, lam);
+    }
+    hw::block_barrier();
+  }
+  if (out.weight)
+    for (int i = at.group * ladder.threads + at.lane; i < width * W; i += ladder.threads * ladder.groups) {
+      const int pack = i / W, j = i % W;
+      const int64_t column = int64_t(at.part) * width * W + i;
+      if (column < p.d) out.weight[hw::block_x() * p.d + column] = block_columns[j * width + pack];
+    }
+  if (out.lam && at.part == 0 && at.group == 0 && at.lane == 0) out.lam[hw::block_x()] = block_lam;
+}
+
+// Any alignment and length, first half: every row's S, in the order of the kernel above; grad_v and grad_lam's terms.
+template <class Branch, class Stream, bool wide>
+BHYT_KERNEL(kMaxThreads)
+backward_row_sums(const BackwardParams p, const Constants<Accumulate<Stream>> constants, const Ladder ladder,
+                  const Partials<Accumulate<Stream>> out) {
+  using A = Accumulate<Stream>;
+  constexpr int W = kPackWidth<Stream>;
+  auto& slots = *reinterpret_cast<SumSlots<A>*>(hw::shared());
+  const Place at;
+  const int64_t row = hw::block_x() * ladder.groups + at.group;
+  const bool inside = row < p.rows;
+  const Scale<A> scale = SiteScalars<A>(p, constants)(inside ? static_cast<const A*>(p.variance)[row] : A(0));
+  const Stream* x = static_cast<const Stream*>(p.x.data) + row * p.x.stride;
+  const Branch* grad_y = static_cast<const Branch*>(p.grad_y.data) + row * p.grad_y.stride;
+
+  A total = 0;
+  for (int part = 0; part < ladder.parts; ++part) {
+    A sum = 0, g[W], columns[W] = {};
+    for (int k = 0; k < ladder.packs; ++k) {
+      const int64_t pack = (int64_t(part) * ladder.packs + k) * ladder.threads + at.lane;
+      if (!inside || pack >= ladder.row_packs) break;
+      const auto x_pack = Pack<Stream, W>::template load<wide>(x, pack * W, p.d);
+      const auto grad_y_pack = Pack<Branch, W>::template load<wide>(grad_y, pack * W, p.d);
+      const auto gains = Gains<AnyFloat, A, W>::template load<wide>(p.weight, pack * W, p.d);
+      sum = hw::add(sum, gradient(x_pack, grad_y_pack, gains, scale.a, g, columns));
+    }
+    total = hw::add(total, group_sum(sum, ladder, at, slots, part));
+  }
+  if (!inside || at.lane != 0) return;
+  out.row_sums[row] = total;
+  if (out.lam) out.lam[row] = hw::mul(scale.per_lam, total);
+  if (p.grad_variance_out) static_cast<A*>(p.grad_variance_out)[row] = grad_variance_of(scale, total);
+}
+
+// Second half: grad_x, and the columns' sums over the block's share of the rows. A thread keeps to one pack of columns.
+template <class Branch, class Stream, bool exact, bool wide>
+BHYT_KERNEL(256)
+backward_columns(const BackwardParams p, const Constants<Accumulate<Stream>> constants, const int64_t row_packs,
+                 const Partials<Accumulate<Stream>> out) {
+  using A = Accumulate<Stream>;
+  constexpr int W = kPackWidth<Stream>;
+  using StreamPack = Pack<Stream, W>;
+  const SiteScalars<A> scalars(p, constants);
+  const int64_t stride = int64_t(hw::blocks_y()) * hw::threads_x();
+  for (int64_t pack = int64_t(hw::block_y()) * hw::threads_x() + hw::thread_x(); pack < row_packs; pack += stride) {
+    const auto gains = Gains<AnyFloat, A, W>::template load<wide>(p.weight, pack * W, p.d);
+    A columns[W] = {};
+    for (int64_t row = hw::block_x(); row < p.rows; row += hw::blocks_x()) {
+      const auto x =
+          StreamPack::template load<wide>(static_cast<const Stream*>(p.x.data) + row * p.x.stride, pack * W, p.d);
+      const auto grad_y = Pack<Branch, W>::template load<wide>(
+          static_cast<const Branch*>(p.grad_y.data) + row * p.grad_y.stride, pack * W, p.d);
+      const Scale<A> scale = scalars(static_cast<const A*>(p.variance)[row]);
+      A g[W];
+      gradient(x, grad_y, gains, scale.a, g, columns);
+      if (p.grad_x == nullptr) continue;
+      auto grad_sum = StreamPack::zero();
+      if (p.grad_sum.data)
+        grad_sum = StreamPack::template load<wide>(
+            static_cast<const Stream*>(p.grad_sum.data) + row * p.grad_sum.stride, pack * W, p.d);
+      const A c = exact ? factor_of_x(constants.d, scale, out.row_sums[row], grad_variance_at<A>(p, row)) : A(0);
+      grad_x_pack<exact>(g, x, scale.a, c, grad_sum)
+          .template store<wide>(static_cast<Stream*>(p.grad_x) + row * p.d, pack * W, p.d);
+    }
+    if (out.weight)
+#pragma unroll
+      for (int j = 0; j < W; ++j)
+        if (pack * W + j < p.d) out.weight[hw::block_x() * p.d + pack * W + j] = columns[j];
+  }
+}
+
+// Sums over partials, in an order fixed by their number: kSlices threads take every kSlices-th, then one adds theirs.
+// Blocks 0 .. sum a stripe of grad_weight's columns each; the last one sums grad_lam.
+constexpr int kStripe = 32, kSlices = 16;
+
+template <class A>
+BHYT_KERNEL(kStripe * kSlices) sum_partials(const BackwardParams p, const Partials<A> in) {
+  A* const slices = reinterpret_cast<A*>(hw::shared());  // [kSlices, kStripe]
+  const int lane = hw::thread_x(), slice = hw::thread_y();
+  const bool for_lam = hw::block_x() == hw::blocks_x() - 1;
+  const int64_t column = for_lam ? lane : hw::block_x() * kStripe + lane;
+  hw::wait_for_previous_grid();
+  A sum = 0;
+  if (for_lam) {
+    if (p.grad_lam)
+      for (int64_t i = slice * kStripe + lane; i < in.lam_count; i += kStripe * kSlices) sum = hw::add(sum, in.lam[i]);
+  } else if (p.grad_weight && column < p.d) {
+    for (int64_t i = slice; i < in.count; i += kSlices) sum = hw::add(sum, in.weight[i * p.d + column]);
+  }
+  slices[slice * kStripe + lane] = sum;
+  hw::block_barrier();
+  if (slice != 0) return;
+  sum = 0;
+  for (int i = 0; i < kSlices; ++i) sum = hw::add(sum, slices[i * kStripe + lane]);
+  if (for_lam) {
+    sum = butterfly(sum, 32);
+    if (p.grad_lam && lane == 0) write(p.grad_lam, p.lam.dtype, 0, sum);
+  } else if (p.grad_weight && column < p.d) {
+    write(p.grad_weight, p.weight.dtype, column, sum);
+  }
+}
+
+}  // namespace
+}  // namespace bhyt::cuda
