@@ -133,7 +133,7 @@ def test_import_needs_no_gpu_and_no_extras(tmp_path: Path) -> None:
         "assert not new & {'numpy', 'transformers', 'triton', 'matplotlib', 'tqdm'}, new;"
         "assert not torch.cuda.is_initialized()"
     )
-    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path)
     assert run.returncode == 0, run.stderr
 
 
