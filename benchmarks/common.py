@@ -100,7 +100,7 @@ def interleave(
     *,
     sets: int = 1,
     seconds: float = 1.0,
-    sample_seconds: float = 1e-3,
+    sample_seconds: float = 4e-3,
     rounds: int = 50,
 ) -> dict[str, Timing]:
     """Time all providers of one problem in turn, one sample of each per round, so that drift hits them alike.

@@ -22,12 +22,13 @@ constexpr int64_t kElementsPerThread = 16384;
 
 int64_t rows_per_task(int64_t d) { return std::max<int64_t>(1, kElementsPerThread / std::max<int64_t>(1, d)); }
 
-// The gain in the accumulate dtype: as it is when it has that dtype, else widened once for all rows.
+// The gain in the accumulate dtype: as it is when it has that dtype, else widened once for all rows; ones when none is
+// given, by which rows multiply exactly.
 class WideWeight {
  public:
   explicit WideWeight(const SiteParams& p) : data_(p.weight.data) {
     const DType wanted = accumulate_dtype(p.stream);
-    if (data_ == nullptr || p.weight.dtype == wanted) return;
+    if (data_ != nullptr && p.weight.dtype == wanted) return;
     copy_.reset(new char[p.d * size_of(wanted)]);
     kernels().widen(p.weight, p.stream, p.d, copy_.get());
     data_ = copy_.get();
@@ -48,11 +49,8 @@ void run_forward(const ForwardParams& p, const Tensor&) {
 void run_backward(const BackwardParams& p, const Tensor&) {
   const WideWeight weight(p);
   const auto chunks = cpu::chunks_of(p.rows);
-  const auto scratch = [](bool wanted, int64_t bytes) {
-    return std::unique_ptr<char[]>(wanted ? new char[bytes] : nullptr);
-  };
-  const auto weight_partials = scratch(p.grad_weight, chunks.count * p.d * size_of(accumulate_dtype(p.stream)));
-  const auto lam_partials = scratch(p.grad_lam, chunks.count * size_of(DType::f64));
+  const std::unique_ptr<char[]> weight_partials(new char[chunks.count * p.d * size_of(accumulate_dtype(p.stream))]);
+  const std::unique_ptr<double[]> lam_partials(new double[chunks.count]);
   const cpu::Partials partials{weight_partials.get(), lam_partials.get()};
 
   const int64_t chunks_per_task = (rows_per_task(p.d) + chunks.rows_per_chunk - 1) / chunks.rows_per_chunk;

@@ -22,22 +22,22 @@ constexpr Chunks chunks_of(int64_t rows) {
   return {per_chunk, (rows + per_chunk - 1) / per_chunk};
 }
 
-// Sums of each chunk, null when not wanted: weight [count, d] in the accumulate dtype, lam [count] in float64.
+// Sums of each chunk: weight [count, d] in the accumulate dtype, lam [count].
 struct Partials {
-  void* weight = nullptr;
-  void* lam = nullptr;
+  void* weight;
+  double* lam;
 };
 
 struct Kernels {
   const char* name;
-  // weight [d] in the accumulate dtype, or null. Rows [begin, end).
+  // weight [d] in the accumulate dtype. Rows [begin, end).
   void (*forward)(const ForwardParams&, const void* weight, int64_t begin, int64_t end);
   // Chunks [begin, end).
   void (*backward)(const BackwardParams&, const void* weight, const Partials&, int64_t begin, int64_t end);
   // Columns [begin, end) of grad_weight from the partials, in chunk order.
   void (*sum_weight)(const BackwardParams&, const Partials&, int64_t begin, int64_t end);
   void (*sum_lam)(const BackwardParams&, const Partials&);
-  // A vector of any dtype in the accumulate dtype of `stream`.
+  // A vector of any dtype in the accumulate dtype of `stream`; ones if it has no data.
   void (*widen)(const Values& from, DType stream, int64_t n, void* to);
 };
 

@@ -69,25 +69,49 @@ inline T* row_of(void* data, int64_t i, int64_t d) {
   return data == nullptr ? nullptr : static_cast<T*>(data) + i * d;
 }
 
-// An exact site reads a row in its first pass and writes in its second. Where rows come from memory, each pass asks for
-// what the other one needs: the second for later rows, the first for the lines that will be written. Both directions
-// of the memory are then busy all the time; benchmarks/README.md has what that brings.
+// A choice made once, outside the loops: f(std::true_type) or f(std::false_type).
+template <typename F>
+inline void choose(bool flag, F f) {
+  if (flag)
+    f(std::true_type{});
+  else
+    f(std::false_type{});
+}
+
+// While a row is written, the lines of a later one are asked for, both those to be read and those to be written, so that
+// both directions of the memory are busy all the time; benchmarks/README.md has what that brings. Tensors that together
+// stay within this size are taken to lie in a core's own caches, where asking ahead is only work; so it is beside double
+// lanes, which compute for longer than they wait. A narrow branch on a wide stream always asks. f as of choose.
+constexpr int64_t kCachedBytes = 3 << 19;
+
+template <typename V, typename X, typename R, typename F>
+inline void choose_prefetch(const SiteParams& p, int tensors, F f) {
+  if constexpr (std::is_same_v<V, Wide>)
+    f(std::false_type{});
+  else if constexpr (!std::is_same_v<X, R>)
+    f(std::true_type{});
+  else
+    choose(tensors * p.rows * p.d * int64_t{sizeof(R)} > kCachedBytes, f);
+}
+
+// Register k of a span at row + j: once for each line of 64 bytes.
 template <typename V, typename T>
 inline void prefetch(const T* row, int64_t j, int k) {
-  if (row != nullptr) __builtin_prefetch(row + j + k * V::N);
+  if (k * V::N * sizeof(T) % 64 == 0)
+    __builtin_prefetch(row + j + k * V::N, 0, 2);  // not into the first level, which the row at hand needs
 }
 template <typename V, typename T>
 inline void prefetch_to_write(T* row, int64_t j, int k) {
-  if (row != nullptr) __builtin_prefetch(row + j + k * V::N, 1);
+  if (k * V::N * sizeof(T) % 64 == 0) __builtin_prefetch(row + j + k * V::N, 1);
 }
 
 // X: branch, R: stream, A: accumulate type in memory (weight, variances). tanh is as accurate as the stream
 // asks, so that a narrow branch on a wide stream gets what the two steps would give it: y of the sum, rounded.
-template <typename V, typename X, typename R, typename A>
+template <typename V, typename X, typename R, typename A, bool adds, bool prefetches>
 struct ForwardRow {
   using F = typename V::F;
   const X* x;
-  const R* residual;  // null: nothing to add
+  const R* residual;
   R* sum;
   X* y;
 
@@ -97,21 +121,40 @@ struct ForwardRow {
         sum(row_of<R>(p.sum, i, p.d)),
         y(row_of<X>(p.y, i, p.d)) {}
 
+  void fetch(int64_t j, int k) const {
+    if constexpr (prefetches) {
+      prefetch<V>(x, j, k);
+      prefetch_to_write<V>(y, j, k);
+    }
+    if constexpr (prefetches && adds) {
+      prefetch<V>(residual, j, k);
+      prefetch_to_write<V>(sum, j, k);
+    }
+  }
+
   // Register k of a span of the stream. A sum is stored first and read back as rounded.
   template <typename Span>
   F stream(int64_t j, Span span, int k) const {
-    if (residual == nullptr) return span.template load<V>(x + j, k);
-    const F added = V::add(span.template load<V>(x + j, k), span.template load<V>(residual + j, k));
-    span.template store<V>(sum + j, k, added);
-    return span.template load<V>(sum + j, k);
+    if constexpr (adds) {
+      const F added = V::add(span.template load<V>(x + j, k), span.template load<V>(residual + j, k));
+      span.template store<V>(sum + j, k, added);
+    }
+    return stored(j, span, k);
   }
 
-  // written: the row of y that will be written next, null if not worth asking for.
-  double mean_square(int64_t d, X* written) const {
+  // The same once the sum stands in memory.
+  template <typename Span>
+  F stored(int64_t j, Span span, int k) const {
+    if constexpr (adds)
+      return span.template load<V>(sum + j, k);
+    else
+      return span.template load<V>(x + j, k);
+  }
+
+  double mean_square(int64_t d) const {
     RowSum<V> squares;
     squares.over(d, [&](int64_t j, auto span) {
       for (int k = 0; k < span.count; ++k) {
-        prefetch_to_write<V>(written, j, k);
         const F s = stream(j, span, k);
         squares.add(k, s, s);
       }
@@ -119,149 +162,197 @@ struct ForwardRow {
     return squares.total / static_cast<double>(d);
   }
 
-  // load: as stream, or of what the first pass left. later: the row to ask memory for meanwhile, null pointers if none.
+  // load(j, span, k): as stream or stored. later: the row to ask memory for meanwhile.
   template <typename Load>
   void apply(int64_t d, double a, const A* weight, const ForwardRow& later, Load load) const {
     const F scale = V::set1(a);
     sweep<V>(0, d, [&](int64_t j, auto span) {
       F z[span.count], t[span.count];
       for (int k = 0; k < span.count; ++k) {
-        prefetch<V>(later.x, j, k);
-        prefetch<V>(later.residual, j, k);
-        prefetch_to_write<V>(later.sum, j, k);
+        later.fetch(j, k);
         z[k] = V::mul(scale, load(j, span, k));
       }
       tanh_group<V, R>(z, t);
       for (int k = 0; k < span.count; ++k)
-        span.template store<V>(y + j, k, weight ? V::mul(t[k], span.template load<V>(weight + j, k)) : t[k]);
+        span.template store<V>(y + j, k, V::mul(t[k], span.template load<V>(weight + j, k)));
     });
   }
 };
 
 // Statistics first, for as many rows as stay in the nearest cache: the sums, roots and divisions of short rows overlap.
 constexpr int64_t kRowsAtOnce = 8, kElementsAtOnce = 4096;
-// Tensors up to this size are taken to lie in a core's own caches, where asking ahead is only work.
-constexpr int64_t kCachedBytes = 1 << 19;
 
-template <typename V, typename X, typename R, typename A>
-void forward_rows(const ForwardParams& p, const void* weight_data, int64_t begin, int64_t end) {
-  using Row = ForwardRow<V, X, R, A>;
+template <typename A, typename Row>
+void forward_rows_as(const ForwardParams& p, const void* weight_data, int64_t begin, int64_t end) {
   const A* weight = static_cast<const A*>(weight_data);
   const double lam = read(p.lam), offset = p.offset.data ? read(p.offset) : 0;
   const int64_t fitting = kElementsAtOnce / (p.d > 0 ? p.d : 1);
   const int64_t at_once = !p.exact || fitting < 1 ? 1 : fitting < kRowsAtOnce ? fitting : kRowsAtOnce;
-  const Row none(ForwardParams{}, 0);
-  const bool from_memory = p.exact && p.rows * p.d * int64_t{sizeof(R)} > kCachedBytes;
 
   for (int64_t first = begin; first < end; first += at_once) {
     const int64_t last = first + at_once < end ? first + at_once : end;
     double a[kRowsAtOnce];
     for (int64_t i = first; i < last; ++i) {
-      if (p.exact) {
-        const Row row(p, i);
-        static_cast<A*>(p.variance_out)[i] = static_cast<A>(row.mean_square(p.d, from_memory ? row.y : nullptr));
-      }
+      if (p.exact) static_cast<A*>(p.variance_out)[i] = static_cast<A>(Row(p, i).mean_square(p.d));
       // The variance as rounded: forward_approx given this variance gives the same bits.
       const double v = p.exact ? static_cast<A*>(p.variance_out)[i] : static_cast<const A*>(p.variance)[i];
       a[i - first] = lam / (p.kappa * std::sqrt(v + offset + p.eps));
     }
     for (int64_t i = first; i < last; ++i) {
-      const Row row(p, i);
-      const Row later = from_memory && i + at_once < end ? Row(p, i + at_once) : none;
-      if (!p.exact)
-        row.apply(p.d, a[i - first], weight, later,
-                  [&](int64_t j, auto span, int k) { return row.stream(j, span, k); });
-      else if (row.residual)
-        row.apply(p.d, a[i - first], weight, later,
-                  [&](int64_t j, auto span, int k) { return span.template load<V>(row.sum + j, k); });
+      const Row row(p, i), later(p, i + at_once < end ? i + at_once : i);
+      if (p.exact)
+        row.apply(p.d, a[i - first], weight, later, [&](int64_t j, auto span, int k) { return row.stored(j, span, k); });
       else
-        row.apply(p.d, a[i - first], weight, later,
-                  [&](int64_t j, auto span, int k) { return span.template load<V>(row.x + j, k); });
+        row.apply(p.d, a[i - first], weight, later, [&](int64_t j, auto span, int k) { return row.stream(j, span, k); });
     }
   }
 }
 
 template <typename V, typename X, typename R, typename A>
-void backward_chunks(const BackwardParams& p, const void* weight_data, const Partials& partials, int64_t begin,
-                     int64_t end) {
+void forward_rows(const ForwardParams& p, const void* weight, int64_t begin, int64_t end) {
+  const bool given_residual = p.residual.data != nullptr;
+  choose_prefetch<V, X, R>(p, given_residual ? 4 : 2, [&](auto prefetches) {
+    choose(given_residual, [&](auto adds) {
+      if constexpr (adds || std::is_same_v<X, R>)  // branch and stream differ with a residual only
+        forward_rows_as<A, ForwardRow<V, X, R, A, adds, prefetches>>(p, weight, begin, end);
+    });
+  });
+}
+
+template <typename V, typename X, typename R, typename A, bool adds, bool prefetches>
+struct BackwardRow {
   using F = typename V::F;
+  const X* grad_y;
+  const R* grad_sum;
+  const R* x;
+  R* grad_x;
+
+  BackwardRow(const BackwardParams& p, int64_t i)
+      : grad_y(row_of<X>(p.grad_y, i)),
+        grad_sum(row_of<R>(p.grad_sum, i)),
+        x(row_of<R>(p.x, i)),
+        grad_x(row_of<R>(p.grad_x, i, p.d)) {}
+
+  void fetch(int64_t j, int k) const {
+    if constexpr (prefetches) {
+      prefetch<V>(x, j, k);
+      prefetch<V>(grad_y, j, k);
+    }
+    if constexpr (prefetches && adds) prefetch<V>(grad_sum, j, k);
+  }
+  void fetch_to_write(int64_t j, int k) const {
+    if constexpr (prefetches) prefetch_to_write<V>(grad_x, j, k);
+  }
+
+  // Hands g to take(j, span, k, g), adds to grad_weight, returns S.
+  template <typename Take>
+  double gains(int64_t d, double a, const A* weight, A* grad_weight, Take take) const {
+    const F scale = V::set1(a);
+    RowSum<V> S;
+    S.over(d, [&](int64_t j, auto span) {
+      F xs[span.count], z[span.count], t[span.count], slope[span.count];
+      for (int k = 0; k < span.count; ++k) {
+        xs[k] = span.template load<V>(x + j, k);
+        z[k] = V::mul(scale, xs[k]);
+      }
+      tanh_and_slope_group<V, R>(z, t, slope);
+      for (int k = 0; k < span.count; ++k) {
+        const F upstream = span.template load<V>(grad_y + j, k);
+        const F g = V::mul(V::mul(upstream, slope[k]), span.template load<V>(weight + j, k));
+        S.add(k, g, xs[k]);
+        const F so_far = span.template load<V>(grad_weight + j, k);
+        span.template store<V>(grad_weight + j, k, V::fma(upstream, t[k], so_far));
+        take(j, span, k, g);
+      }
+    });
+    return S.total;
+  }
+
+  template <typename Span>
+  void store(int64_t j, Span span, int k, F dx) const {
+    if constexpr (adds) dx = V::add(dx, span.template load<V>(grad_sum + j, k));
+    span.template store<V>(grad_x + j, k, dx);
+  }
+
+  double approximate(int64_t d, double a, const A* weight, A* grad_weight, const BackwardRow& next) const {
+    const F scale = V::set1(a);
+    return gains(d, a, weight, grad_weight, [&](int64_t j, auto span, int k, F g) {
+      next.fetch(j, k);
+      next.fetch_to_write(j, k);
+      store(j, span, k, V::mul(scale, g));
+    });
+  }
+
+  // An exact site keeps g for its second pass, as S enters every grad_x. Here the lines to be written are the row's own.
+  double exact_first(int64_t d, double a, const A* weight, A* grad_weight, A* g_row) const {
+    return gains(d, a, weight, grad_weight, [&](int64_t j, auto span, int k, F g) {
+      fetch_to_write(j, k);
+      span.template store<V>(g_row + j, k, g);
+    });
+  }
+
+  void exact_second(int64_t d, double a, double along_x, const A* g_row, const BackwardRow& next) const {
+    const F scale = V::set1(a), slope = V::set1(along_x);
+    sweep<V>(0, d, [&](int64_t j, auto span) {
+      for (int k = 0; k < span.count; ++k) {
+        next.fetch(j, k);
+        const F along_g = V::mul(scale, span.template load<V>(g_row + j, k));
+        store(j, span, k, V::fma(slope, span.template load<V>(x + j, k), along_g));
+      }
+    });
+  }
+};
+
+template <typename R, typename A, typename Row>
+void backward_chunks_as(const BackwardParams& p, const void* weight_data, const Partials& partials, int64_t begin,
+                        int64_t end) {
   const A* weight = static_cast<const A*>(weight_data);
   const double lam = read(p.lam), offset = p.offset.data ? read(p.offset) : 0;
   const double d = static_cast<double>(p.d);
   const auto chunks = chunks_of(p.rows);
-  const bool from_memory = p.exact && p.rows * p.d * int64_t{sizeof(R)} > kCachedBytes;
-  // g of one row, between the two passes of an exact site
-  std::unique_ptr<A[]> g_row(p.exact && p.grad_x ? new A[p.d] : nullptr);
+  const std::unique_ptr<A[]> g_row(p.exact ? new A[p.d] : nullptr);
+  const std::unique_ptr<R[]> unwanted(p.grad_x ? nullptr : new R[p.d]);
+  const auto row_at = [&](int64_t i) {
+    Row row(p, i);
+    if (unwanted) row.grad_x = unwanted.get();
+    return row;
+  };
 
   for (int64_t chunk = begin; chunk < end; ++chunk) {
     A* grad_weight = row_of<A>(partials.weight, chunk, p.d);
-    if (grad_weight) std::memset(grad_weight, 0, p.d * sizeof(A));
+    std::memset(grad_weight, 0, p.d * sizeof(A));
     double grad_lam = 0;
     const int64_t first = chunk * chunks.rows_per_chunk;
     const int64_t last = first + chunks.rows_per_chunk < p.rows ? first + chunks.rows_per_chunk : p.rows;
     for (int64_t i = first; i < last; ++i) {
-      const X* grad_y = row_of<X>(p.grad_y, i);
-      const R* grad_sum = row_of<R>(p.grad_sum, i);
-      const R* x = row_of<R>(p.x, i);
-      R* grad_x = row_of<R>(p.grad_x, i, p.d);
-      R* written = from_memory ? grad_x : nullptr;
-      const R* grad_sum_read = from_memory ? grad_sum : nullptr;
+      const Row row = row_at(i), next = row_at(i + 1 < last ? i + 1 : i);
       const double shifted = static_cast<const A*>(p.variance)[i] + offset + p.eps;
-      const double a_over_lam = 1 / (p.kappa * std::sqrt(shifted));
-      const F a = V::set1(lam * a_over_lam);
-
-      RowSum<V> S;
-      S.over(p.d, [&](int64_t j, auto span) {
-        F xs[span.count], z[span.count], t[span.count], slope[span.count];
-        for (int k = 0; k < span.count; ++k) {
-          prefetch_to_write<V>(written, j, k);
-          prefetch<V>(grad_sum_read, j, k);
-          xs[k] = span.template load<V>(x + j, k);
-          z[k] = V::mul(a, xs[k]);
-        }
-        tanh_and_slope_group<V, R>(z, t, slope);
-        for (int k = 0; k < span.count; ++k) {
-          const F upstream = span.template load<V>(grad_y + j, k);
-          F g = V::mul(upstream, slope[k]);
-          if (weight) g = V::mul(g, span.template load<V>(weight + j, k));
-          S.add(k, g, xs[k]);
-          if (grad_weight)
-            span.template store<V>(grad_weight + j, k,
-                                   V::fma(upstream, t[k], span.template load<V>(grad_weight + j, k)));
-          if (!grad_x) continue;
-          if (p.exact) {
-            span.template store<V>(g_row.get() + j, k, g);
-          } else {
-            F dx = V::mul(a, g);
-            if (grad_sum) dx = V::add(dx, span.template load<V>(grad_sum + j, k));
-            span.template store<V>(grad_x + j, k, dx);
-          }
-        }
-      });
-      grad_lam += a_over_lam * S.total;
-      const double a_S = lam * a_over_lam * S.total;
-      if (p.grad_variance_out)
-        static_cast<A*>(p.grad_variance_out)[i] = static_cast<A>(-a_S / (2 * shifted));
-      if (p.exact && grad_x) {
+      const double a_over_lam = 1 / (p.kappa * std::sqrt(shifted)), a = lam * a_over_lam;
+      double S;
+      if (p.exact) {
+        S = row.exact_first(p.d, a, weight, grad_weight, g_row.get());
         const double from_v = p.grad_variance ? 2 * static_cast<const A*>(p.grad_variance)[i] / d : 0;
-        const F along_x = V::set1(from_v - a_S / (d * shifted));
-        const bool fetches_next = from_memory && i + 1 < last;
-        const R* next_x = fetches_next ? row_of<R>(p.x, i + 1) : nullptr;
-        const X* next_grad_y = fetches_next ? row_of<X>(p.grad_y, i + 1) : nullptr;
-        sweep<V>(0, p.d, [&](int64_t j, auto span) {
-          for (int k = 0; k < span.count; ++k) {
-            prefetch<V>(next_x, j, k);
-            prefetch<V>(next_grad_y, j, k);
-            F dx = V::mul(a, span.template load<V>(g_row.get() + j, k));
-            dx = V::fma(along_x, span.template load<V>(x + j, k), dx);
-            if (grad_sum) dx = V::add(dx, span.template load<V>(grad_sum + j, k));
-            span.template store<V>(grad_x + j, k, dx);
-          }
-        });
+        if (p.grad_x) row.exact_second(p.d, a, from_v - a * S / (d * shifted), g_row.get(), next);
+      } else {
+        S = row.approximate(p.d, a, weight, grad_weight, next);
+        if (p.grad_variance_out)
+          static_cast<A*>(p.grad_variance_out)[i] = static_cast<A>(-a * S / (2 * shifted));
       }
+      grad_lam += a_over_lam * S;
     }
-    if (partials.lam) static_cast<double*>(partials.lam)[chunk] = grad_lam;
+    partials.lam[chunk] = grad_lam;
   }
+}
+
+template <typename V, typename X, typename R, typename A>
+void backward_chunks(const BackwardParams& p, const void* weight, const Partials& partials, int64_t begin,
+                     int64_t end) {
+  const bool given_grad_sum = p.grad_sum.data != nullptr;
+  choose_prefetch<V, X, R>(p, given_grad_sum ? 4 : 3, [&](auto prefetches) {
+    choose(given_grad_sum, [&](auto adds) {
+      backward_chunks_as<R, A, BackwardRow<V, X, R, A, adds, prefetches>>(p, weight, partials, begin, end);
+    });
+  });
 }
 
 template <typename V, typename A, typename W>

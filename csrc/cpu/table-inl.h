@@ -33,13 +33,17 @@ void sum_weight(const BackwardParams& p, const Partials& partials, int64_t begin
 }
 
 void sum_lam(const BackwardParams& p, const Partials& partials) {
-  const double* chunks = static_cast<const double*>(partials.lam);
+  const double* chunks = partials.lam;
   double total = 0;
   for (int64_t c = 0; c < chunks_of(p.rows).count; ++c) total += chunks[c];
   write(total, p.lam.dtype, p.grad_lam);
 }
 
 void widen_values(const Values& from, DType stream, int64_t n, void* to) {
+  if (from.data == nullptr) {
+    for (int64_t i = 0; i < n; ++i) write(1, accumulate_dtype(stream), to, i);
+    return;
+  }
   with_type(from.dtype, [&](auto* type) {
     const auto* p = static_cast<decltype(type)>(from.data);
     if (stream == DType::f64) {
