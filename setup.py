@@ -1,7 +1,8 @@
 """Builds the op library `bhyt/_ops`, for the torch in this environment.
 
 BHYT_CUDA=1 demands the CUDA kernels, BHYT_CUDA=0 leaves them out; unset, they are built when nvcc is found, whether or
-not a GPU is visible. BHYT_CUDA_ARCHS="90" builds for fewer architectures. MAX_JOBS bounds parallel compilation.
+not a GPU is visible. BHYT_CUDA_ARCHS="90" builds for fewer architectures. BHYT_CXXFLAGS are added last, for sanitizers
+and quick builds. MAX_JOBS bounds parallel compilation.
 """
 
 import os
@@ -42,7 +43,8 @@ def cuda_home():
 # -fopenmp only when compiling: at::parallel_for then uses the OpenMP runtime that torch has loaded, and no second one
 # is linked. -ffp-contract=off: the same arithmetic from every compiler.
 CXX_FLAGS = ["-O3", "-g0", "-fopenmp", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math",
-             "-fvisibility=hidden", "-Wall", "-Wno-unknown-pragmas", "-Wno-psabi", "-Wno-maybe-uninitialized"]
+             "-fvisibility=hidden", "-Wall", "-Wno-unknown-pragmas", "-Wno-psabi", "-Wno-maybe-uninitialized",
+             *os.environ.get("BHYT_CXXFLAGS", "").split()]
 
 NVCC_FLAGS = ["-O3", "-std=c++17", "-Xptxas=-v", "-Xfatbin=-compress-all"]
 

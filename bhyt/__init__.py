@@ -11,8 +11,19 @@ from bhyt import _library
 _library.load()
 
 from bhyt import functional, reference  # noqa: E402  (they name the ops just registered)
+from bhyt._library import library_path  # noqa: E402
+from bhyt.compiling import decompose_when_compiling, decompositions  # noqa: E402
 from bhyt.gain import attention_gain  # noqa: E402
 from bhyt.modules import BHyT, BHyTApprox  # noqa: E402
 
-__all__ = ["BHyT", "BHyTApprox", "attention_gain", "functional", "reference"]
+__all__ = [
+    "BHyT",
+    "BHyTApprox",
+    "attention_gain",
+    "decompose_when_compiling",
+    "decompositions",
+    "functional",
+    "library_path",
+    "reference",
+]
 __version__ = "0.1.0"

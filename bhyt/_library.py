@@ -12,6 +12,18 @@ def _minor(version: str) -> str:
     return ".".join(version.split(".")[:2])
 
 
+def library_path() -> str:
+    """The op library's file, for programs that load it without Python (docs/deploy.md).
+
+    Raises:
+        ImportError: it has not been built.
+    """
+    library = next(_FOLDER.glob("_ops*.so"), None)
+    if library is None:
+        raise ImportError(f"bhyt: the op library has not been built; {_MEND}")
+    return str(library)
+
+
 def load() -> None:
     """Register `torch.ops.bhyt.*`.
 
@@ -24,11 +36,9 @@ def load() -> None:
         raise ImportError(f"bhyt: the op library has not been built; {_MEND}") from None
     if _minor(_built_for.TORCH) != _minor(torch.__version__):
         raise ImportError(f"bhyt: built for torch {_built_for.TORCH}, running torch {torch.__version__}; {_MEND}")
-    library = next(_FOLDER.glob("_ops*.so"), None)
-    if library is None:
-        raise ImportError(f"bhyt: the op library has not been built; {_MEND}")
+    library = library_path()
     try:
-        torch.ops.load_library(str(library))
+        torch.ops.load_library(library)
     except OSError as error:
         raise ImportError(
             f"bhyt: the op library built for torch {_built_for.TORCH} does not load in torch {torch.__version__}"

@@ -1,15 +1,18 @@
 """torch.compile, activation checkpointing and torch.export: no graph breaks, few compiles, the same
 answers."""
 
+import functools
 import io
-from typing import Callable, Dict, List, Tuple
+from collections import Counter
+from typing import Callable, Dict, Iterator, List, Tuple
 
 import pytest
 import torch
 import torch._dynamo
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
-from torch.utils.checkpoint import checkpoint
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 import bhyt
 from checks import same_bits
@@ -155,6 +158,76 @@ def test_activation_checkpointing(reentrant: bool, device: str) -> None:
         compiled = torch.compile(checkpointed, fullgraph=True, backend="aot_eager")
         actual = results(compiled, block, 8, device)
         assert all(same_bits(actual[name], expected[name]) for name in expected)
+
+
+class Count(TorchDispatchMode):
+    """How often each of our ops ran below autograd."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: Counter = Counter()
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        if op.namespace == "bhyt":
+            self.calls[op._schema.name.removeprefix("bhyt::")] += 1
+        return op(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("saved", (True, False))
+def test_selective_checkpointing(saved: bool, device: str) -> None:
+    """A policy names the ops: what it saves is not run again, the rest is; the bits stay. USERS row 24."""
+    block = Block().to(device)
+    expected = results(block, block, 8, device)
+    ours = {getattr(torch.ops.bhyt, name).default for name in ("add_forward", "add_forward_approx")}
+
+    def policy(ctx, op, *args, **kwargs):
+        return CheckpointPolicy.MUST_SAVE if saved and op in ours else CheckpointPolicy.PREFER_RECOMPUTE
+
+    def checkpointed(*given: Tensor) -> Tuple[Tensor, Tensor]:
+        contexts = functools.partial(create_selective_checkpoint_contexts, policy)
+        return checkpoint(block, *given, use_reentrant=False, context_fn=contexts)
+
+    with Count() as count:
+        actual = results(checkpointed, block, 8, device)
+    assert all(same_bits(actual[name], expected[name]) for name in expected)
+    runs = 1 if saved else 2
+    assert count.calls == {
+        "add_forward": runs, "add_forward_approx": runs, "backward": 1, "backward_approx": 1
+    }
+    compiled = torch.compile(checkpointed, fullgraph=True, backend="aot_eager")
+    actual = results(compiled, block, 8, device)
+    assert all(same_bits(actual[name], expected[name]) for name in expected)
+
+
+@pytest.fixture
+def default_setting() -> Iterator[None]:
+    yield
+    bhyt.decompose_when_compiling("none")
+
+
+@pytest.mark.parametrize("sites, fused", (("none", 2), ("approximate", 1), ("all", 0)))
+def test_decompose_when_compiling(sites: str, fused: int, default_setting: None, device: str) -> None:
+    """The setting says which sites stay ops in compiled code; eager ones always do. USERS row 22."""
+    block, seen = Block().to(device), []
+
+    def backend(graph: torch.fx.GraphModule, inputs: List[Tensor]) -> Callable:
+        seen.append(sum("bhyt" in str(node.target) for node in graph.graph.nodes))
+        return graph.forward
+
+    expected = results(block, block, 8, device)
+    compiled = torch.compile(block, fullgraph=True, backend=backend)
+    for setting, count in (("none", 2), (sites, fused)):  # the second time the same code is compiled anew
+        bhyt.decompose_when_compiling(setting)
+        assert_close(results(compiled, block, 8, device), expected)
+        assert seen[-1] == count
+    with Count() as count:
+        results(block, block, 8, device)
+    assert count.calls["add_forward"] == count.calls["add_forward_approx"] == 1
+
+
+def test_decompose_when_compiling_refuses_other_values() -> None:
+    with pytest.raises(ValueError, match="none, approximate, all.*'everything'"):
+        bhyt.decompose_when_compiling("everything")
 
 
 def test_compiled_autograd(device: str) -> None:

@@ -7,8 +7,6 @@ kernel can do both. What a normalisation site *is* belongs to the subclasses of 
 Shapes: B sequences, T tokens, d = dim, H query heads, K key/value heads, h = d / H.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Iterator
 
@@ -43,7 +41,7 @@ class ModelConfig:
 
 
 class Rotary(nn.Module):
-    """Rotates the pairs (x_i, x_{i + h/2}) of each head by angles that grow with the position."""
+    """Cosines and sines of angles that grow with the position; one frequency per pair of a head's channels."""
 
     def __init__(self, head_dim: int, seq_len: int, base: float = 10_000.0) -> None:
         super().__init__()
@@ -52,11 +50,16 @@ class Rotary(nn.Module):
         self.register_buffer("cos", angle.cos(), persistent=False)  # [T, h/2]
         self.register_buffer("sin", angle.sin(), persistent=False)  # [T, h/2]
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x: [B, heads, T, h] -> the same shape and dtype."""
-        cos, sin = (table[: x.shape[-2]].to(x.dtype) for table in (self.cos, self.sin))
-        first, second = x.chunk(2, dim=-1)
-        return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """x: [B, T, d] -> (cos, sin), [T, h/2] each, in x's dtype."""
+        return self.cos[: x.shape[-2]].to(x.dtype), self.sin[: x.shape[-2]].to(x.dtype)
+
+
+def rotate(x: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
+    """Rotates the pairs (x_i, x_{i + h/2}) of each head. x: [B, heads, T, h] -> the same shape."""
+    cos, sin = rotary
+    first, second = x.chunk(2, dim=-1)
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
 
 
 class Attention(nn.Module):
@@ -71,13 +74,15 @@ class Attention(nn.Module):
         self.v_proj = nn.Linear(config.dim, self.kv_heads * self.head_dim, bias=False)
         self.o_proj = nn.Linear(self.heads * self.head_dim, config.dim, bias=False)
 
-    def forward(self, x: Tensor, rotary: Rotary) -> Tensor:
+    def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
         """x: [B, T, d] -> [B, T, d]."""
         batch, length, _ = x.shape
         q = self.q_proj(x).view(batch, length, self.heads, self.head_dim).transpose(1, 2)
         k = self.k_proj(x).view(batch, length, self.kv_heads, self.head_dim).transpose(1, 2)
         v = self.v_proj(x).view(batch, length, self.kv_heads, self.head_dim).transpose(1, 2)
-        mixed = F.scaled_dot_product_attention(rotary(q), rotary(k), v, is_causal=True, enable_gqa=True)
+        mixed = F.scaled_dot_product_attention(
+            rotate(q, rotary), rotate(k, rotary), v, is_causal=True, enable_gqa=True
+        )
         return self.o_proj(mixed.transpose(1, 2).reshape(batch, length, -1))
 
 
@@ -108,7 +113,9 @@ class Block(nn.Module):
         self.self_attn = Attention(config)
         self.mlp = SwiGLU(config)
 
-    def forward(self, branch: Tensor | None, stream: Tensor, rotary: Rotary) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, branch: Tensor | None, stream: Tensor, rotary: tuple[Tensor, Tensor]
+    ) -> tuple[Tensor, Tensor]:
         """branch, stream: [B, T, d] -> the next (branch, stream); the first block gets None as its branch."""
         y, stream, variance = self.enter_attention(branch, stream)
         branch = self.leave_attention(self.self_attn(y, rotary))
@@ -169,10 +176,12 @@ class Decoder(nn.Module):
 
     def forward(self, tokens: Tensor) -> Tensor:
         """tokens: [B, T] int64 -> logits [B, T, vocab]."""
-        branch, stream = None, self.embed_tokens(tokens)
+        stream = self.embed_tokens(tokens)
+        rotary = self.rotary(stream)
+        branch: Tensor | None = None
         for layer in self.layers:
-            branch, stream = layer(branch, stream, self.rotary)
-        return self.lm_head(self.norm(stream + branch))
+            branch, stream = layer(branch, stream, rotary)
+        return self.lm_head(self.norm(stream if branch is None else stream + branch))
 
     def refresh(self) -> None:
         for layer in self.layers:
@@ -183,9 +192,10 @@ class Decoder(nn.Module):
         """(mean |x|, variance over the d channels, averaged over tokens) of the residual stream x:
         of the embeddings first, then behind each block."""
         branch, stream = None, self.embed_tokens(tokens)
+        rotary = self.rotary(stream)
         yield _magnitude_and_variance(stream)
         for layer in self.layers:
-            branch, stream = layer(branch, stream, self.rotary)
+            branch, stream = layer(branch, stream, rotary)
             yield _magnitude_and_variance(stream + branch)
 
 

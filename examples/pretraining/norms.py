@@ -1,7 +1,5 @@
 """Seven norms, each as the block that uses it. `BlockBHyT` is the one to read first."""
 
-from __future__ import annotations
-
 import math
 from typing import Callable
 
@@ -36,6 +34,7 @@ class BlockBHyT(Block):
         return self.input_layernorm.forward_add_with_variance(branch, stream)
 
     def enter_mlp(self, branch: Tensor, stream: Tensor, variance: Tensor | None) -> tuple[Tensor, Tensor]:
+        assert variance is not None  # of the block's own first site
         return self.post_attention_layernorm.forward_add(branch, stream, variance)
 
     @torch.no_grad()

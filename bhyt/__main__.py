@@ -1,0 +1,90 @@
+"""`python -m bhyt`: what a bug report needs, and a check of every op against the formula on every device.
+
+Exits with 1 when the check fails.
+"""
+
+import platform
+import sys
+from typing import Dict, Iterator, List, Tuple
+
+import torch
+from torch import Tensor
+
+import bhyt
+
+
+def facts() -> Dict[str, str]:
+    """Versions, build and devices, ready to print."""
+    build = torch.ops.bhyt.build_info()
+    gpus = [
+        f"cuda:{i} {properties.name} sm_{properties.major}{properties.minor}"
+        for i in range(torch.cuda.device_count())
+        for properties in [torch.cuda.get_device_properties(i)]
+    ]
+    return {
+        "bhyt": f"{bhyt.__version__}, {bhyt.library_path()}",
+        "torch": f"{torch.__version__}, bhyt built for {build['torch']} with {build['compiler']}",
+        "python": f"{platform.python_version()}, {platform.platform()}",
+        "CPU kernels": f"{build['cpu_tier']}; this CPU runs {build['cpu_tiers']}; {torch.get_num_threads()} threads",
+        "CUDA kernels": build["cuda_archs"] or "not built",
+        "CUDA of torch": torch.version.cuda or "none",
+        "GPUs": ", ".join(gpus) or "none",
+    }
+
+
+def _results(ops, dtype: torch.dtype, device: str) -> Dict[str, Tensor]:
+    """Outputs y of the four forwards of `ops` on fixed rows, and gradients of sum(y^2), whose sums do not cancel."""
+    generator = torch.Generator().manual_seed(0)
+    # Rows are exact in bfloat16, so that every dtype has the same ones.
+    rows = [torch.randn(33, 1000, generator=generator).bfloat16().to(device, dtype) for _ in range(2)]
+    weight = torch.linspace(0.5, 1.5, 1000).to(device, dtype if dtype == torch.float64 else torch.float32)
+    lam = torch.full((1,), 20.0).to(weight)
+    inputs = [t.requires_grad_() for t in (*rows, weight, lam)]
+    x, residual = rows
+    y, variance = ops.forward(x, weight, lam)
+    outputs = {
+        "forward": y,
+        "forward_approx": ops.forward_approx(x, variance, None, weight, lam),
+        "add_forward": ops.add_forward(x, residual, weight, lam)[0],
+        "add_forward_approx": ops.add_forward_approx(x, residual, variance, None, weight, lam)[0],
+    }
+    results = {}
+    for name, output in outputs.items():
+        grads = torch.autograd.grad(output.to(weight).square().sum(), inputs, retain_graph=True, allow_unused=True)
+        results[name] = output.detach()
+        for of, grad in zip(("x", "residual", "weight", "lam"), grads):
+            if grad is not None:
+                results[f"gradient of {of} in {name}"] = grad
+    return results
+
+
+def self_check(device: str) -> Iterator[Tuple[str, float, float]]:
+    """(what, relative L2 error against float64, allowed) for each output and gradient of the four forwards."""
+    exact = _results(bhyt.reference, torch.float64, "cpu")
+    for dtype, allowed in ((torch.float32, 2e-6), (torch.bfloat16, 1e-2)):
+        rows = {name: t.cpu().double() for name, t in _results(bhyt.functional, dtype, device).items()}
+        for name, expected in exact.items():
+            error = (rows[name] - expected).norm() / expected.norm()
+            yield f"{device} {str(dtype).removeprefix('torch.')} {name}", error.item(), allowed
+
+
+def devices() -> List[str]:
+    return ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
+
+
+def main() -> int:
+    for name, value in facts().items():
+        print(f"{name + ':':15}{value}")
+    failed = 0
+    for device in devices():
+        checks = list(self_check(device))
+        wrong = [check for check in checks if not check[1] <= check[2]]
+        failed += len(wrong)
+        print(f"{'self-check:':15}{device} {len(checks) - len(wrong)} of {len(checks)} within bounds")
+        for name, error, allowed in wrong:
+            print(f"  WRONG: {name}: relative error {error:.2g}, allowed {allowed:.0e}")
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,73 @@
+#!/usr/bin/env bash
+# The ways to install, each tried for real: USERS rows 1 to 3. Run in an environment that has torch, after an install from
+# this folder, whose objects are reused; only the build without torch compiles anew (unoptimised, for the CPU).
+set -euo pipefail
+root="$(cd "$(dirname "$0")/.." && pwd)"
+cd "$root"
+work="$(mktemp -d)"
+trap 'rm -rf "$work"; rm -f "$root"/bhyt/_ops*.so "$root"/bhyt/_built_for.py' EXIT
+say() { printf '\n== %s\n' "$1"; }
+torch_version="$(python -c 'import torch; print(torch.__version__.split("+")[0])')"
+torch_minor="${torch_version%.*}"
+site="$(python -c 'import sysconfig; print(sysconfig.get_path("platlib"))')"
+
+# A Python that sees this environment's packages but has an empty site-packages folder of its own.
+beside() {
+  python -m venv "$1"
+  echo "$site" > "$("$1/bin/python" -c 'import sysconfig; print(sysconfig.get_path("platlib"))')/beside.pth"
+}
+
+say "torch is there, whatever PyPI's newest is: the wheel is built for it"
+pip wheel -q --no-deps -w "$work/isolated" .
+wheel="$(ls "$work"/isolated/bhyt-*-cp310-abi3-*.whl)"
+unzip -l "$wheel" > "$work/listing"
+grep -q 'bhyt/_ops.abi3.so' "$work/listing"
+unzip -p "$wheel" '*/METADATA' | grep -qx "Requires-Dist: torch==$torch_minor.\*"
+unzip -p "$wheel" bhyt/_built_for.py | grep -q "$torch_version"
+
+say "without network and without build isolation"
+pip install -q setuptools wheel ninja packaging
+PIP_NO_INDEX=1 pip wheel -q --no-build-isolation --no-deps -w "$work/offline" .
+ls "$work"/offline/bhyt-*-cp310-abi3-*.whl
+
+say "editable"
+beside "$work/editable"
+PIP_NO_INDEX=1 "$work/editable/bin/python" -m pip install -q --no-build-isolation --no-deps -e .
+(cd "$work" && "$work/editable/bin/python" -c "import bhyt, sys; sys.exit(not bhyt.__file__.startswith('$root'))")
+(cd "$work" && "$work/editable/bin/python" -m bhyt)
+rm -f bhyt/_ops*.so bhyt/_built_for.py
+
+say "the sdist is complete"
+python -c "from setuptools import build_meta; build_meta.build_sdist('$work/sdist')" > /dev/null
+tar -tzf "$work"/sdist/bhyt-*.tar.gz | cut -d/ -f2- | sort > "$work/packed"
+git ls-files -- csrc bhyt _build tests setup.py pyproject.toml CMakeLists.txt LICENSE README.md | sort > "$work/tracked"
+if comm -13 "$work/packed" "$work/tracked" | grep .; then
+  echo "missing in the sdist" && exit 1
+fi
+
+say "no nvcc: a CPU build that says so; insisting is an error"
+sed 's#"/usr/local/cuda"#"/nowhere"#' setup.py > "$work/setup.py"
+nowhere=(env -u CUDA_HOME -u CUDA_PATH PATH="$(dirname "$(command -v python)"):/usr/bin:/bin")
+for wanted in "" 1; do
+  PYTHONPATH="$work" BHYT_CUDA="$wanted" "${nowhere[@]}" python -c "
+import setuptools; setuptools.setup = lambda **kwargs: None
+import setup" > "$work/log" 2>&1 && outcome=0 || outcome=$?
+  cat "$work/log"
+  if [ -n "$wanted" ]; then
+    [ "$outcome" -ne 0 ] && grep -q "nvcc was not found: set CUDA_HOME" "$work/log"
+  else
+    [ "$outcome" -eq 0 ] && grep -q "building for the CPU only" "$work/log"
+  fi
+done
+
+say "no torch: the build fetches it, the wheel asks for it"
+python -m venv "$work/bare"
+echo "torch==$torch_version" > "$work/constraint"
+git archive HEAD | (mkdir "$work/source" && tar -x -C "$work/source")
+(
+  cd "$work/source"
+  export PIP_CONSTRAINT="$work/constraint" PIP_BUILD_CONSTRAINT="$work/constraint" BHYT_CUDA=0 BHYT_CXXFLAGS=-O0
+  "$work/bare/bin/pip" install -q .
+)
+(cd "$work" && "$work/bare/bin/python" -m bhyt)
+say "packaging: all good"

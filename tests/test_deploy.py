@@ -1,0 +1,238 @@
+"""Models outside the Python that made them: fresh processes, C++, AOTInductor packages, ONNX. See
+docs/deploy.md."""
+
+import io
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any, Dict, Iterator, List
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import bhyt
+from checks import same_bits
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT / "examples"))
+from pretraining.model import Decoder, ModelConfig  # noqa: E402
+from pretraining.norms import BLOCKS  # noqa: E402
+
+CONFIG = ModelConfig(vocab=50, layers=3, dim=64, heads=4, kv_heads=2, seq_len=32)
+
+
+def decoder() -> nn.Module:
+    """A Llama-like model with grouped-query attention, exact and approximate sites."""
+    torch.manual_seed(0)
+    return Decoder(CONFIG, BLOCKS["bhyt"])
+
+
+def tokens(length: int = 17) -> Tensor:
+    return torch.randint(0, CONFIG.vocab, (2, length), generator=torch.Generator().manual_seed(1))
+
+
+def loss_of(model: nn.Module, ids: Tensor) -> Tensor:
+    logits = model(ids[:, :-1])
+    return nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten())
+
+
+def one_step(model: nn.Module, ids: Tensor) -> Dict[str, Tensor]:
+    """What train_scripted.cpp writes."""
+    results = {"logits": model(ids[:, :-1]).detach()}
+    loss = loss_of(model, ids)
+    loss.backward()
+    results["loss"] = loss.detach()
+    for name, parameter in model.named_parameters():
+        results[f"grad.{name}"] = parameter.grad.clone()
+    torch.optim.SGD(model.parameters(), lr=0.1).step()
+    return results | {name: parameter.detach() for name, parameter in model.named_parameters()}
+
+
+def fresh_process(code: str, *arguments: object) -> None:
+    """Runs code in a Python that knows the op library and nothing else of bhyt; sys.argv[1] is the library."""
+    prologue = "import sys, torch; torch.ops.load_library(sys.argv[1]); a = sys.argv[2:]\n"
+    run = subprocess.run(
+        [sys.executable, "-c", prologue + code, bhyt.library_path(), *map(str, arguments)],
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 0, run.stderr
+
+
+# ---- TorchScript
+
+
+@pytest.mark.parametrize("how", ("script", "trace", "freeze"))
+def test_torchscript_in_a_fresh_process(how: str, tmp_path: Path) -> None:
+    """Scripted, traced and frozen: saved here, the same bits where `bhyt` was never imported. USERS row 23."""
+    model, ids = decoder(), tokens()
+    with torch.no_grad():
+        expected = model(ids)
+    if how == "trace":
+        scripted = torch.jit.trace(model, (ids,))
+    else:
+        scripted = torch.jit.script(model)
+    if how == "freeze":
+        scripted = torch.jit.freeze(scripted.eval())
+    torch.jit.save(scripted, str(tmp_path / "model.pt"))
+    torch.save(ids, tmp_path / "ids.pt")
+    fresh_process(
+        "assert 'bhyt' not in sys.modules\n"
+        "with torch.no_grad(): y = torch.jit.load(a[0])(torch.load(a[1]))\n"
+        "torch.save(y, a[2])",
+        *(tmp_path / name for name in ("model.pt", "ids.pt", "y.pt")),
+    )
+    assert same_bits(torch.load(tmp_path / "y.pt"), expected)
+
+
+def test_script_trains_in_a_fresh_process(tmp_path: Path) -> None:
+    """Gradients of a loaded script are those of eager: autograd lives in the library. USERS row 23."""
+    torch.jit.save(torch.jit.script(decoder()), str(tmp_path / "model.pt"))
+    torch.save(tokens(), tmp_path / "ids.pt")
+    fresh_process(
+        "m, ids = torch.jit.load(a[0]), torch.load(a[1])\n"
+        "logits = m(ids[:, :-1])\n"
+        "torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten()).backward()\n"
+        "torch.save({n: p.grad for n, p in m.named_parameters()}, a[2])",
+        *(tmp_path / name for name in ("model.pt", "ids.pt", "grads.pt")),
+    )
+    expected = one_step(decoder(), tokens())
+    for name, grad in torch.load(tmp_path / "grads.pt").items():
+        assert same_bits(grad, expected[f"grad.{name}"]), name
+
+
+def test_freezing_keeps_the_offset() -> None:
+    """A frozen graph holds the offset that was set; one that was not set still refuses to run. USERS row 23."""
+    site = bhyt.BHyTApprox(8)
+    x, v = torch.randn(3, 8), torch.ones(3, 1)
+    with pytest.raises(torch.jit.Error, match="offset has not been set"):
+        torch.jit.freeze(torch.jit.script(site.eval()))(x, v)
+    site.set_variance_offset(0.5)
+    with torch.no_grad():
+        assert same_bits(torch.jit.freeze(torch.jit.script(site))(x, v), site(x, v))
+
+
+# ---- C++
+
+
+@pytest.fixture(scope="session")
+def programs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """examples/cpp, built against the installed op library."""
+    if not shutil.which("cmake"):
+        pytest.skip("no cmake")
+    folder = tmp_path_factory.mktemp("cpp")
+    configure = ["cmake", "-S", str(ROOT / "examples" / "cpp"), "-B", str(folder)]
+    configure += [f"-DCMAKE_PREFIX_PATH={torch.utils.cmake_prefix_path}", f"-DBHYT_OPS={bhyt.library_path()}"]
+    for command in (configure, ["cmake", "--build", str(folder), "--parallel", "2"]):
+        run = subprocess.run(command, capture_output=True, text=True)
+        assert run.returncode == 0, run.stdout + run.stderr
+    yield folder
+
+
+def run_program(program: Path, *arguments: Path) -> None:
+    run = subprocess.run([str(program), *map(str, arguments)], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+
+
+def from_cpp(path: Path) -> Any:
+    """What torch::pickle_save wrote: its containers carry a type tag that weights_only refuses."""
+    return torch.load(path, weights_only=False)
+
+
+@pytest.mark.slow
+def test_cpp_trains_a_scripted_model(programs: Path, tmp_path: Path) -> None:
+    """The same bits in C++ as in Python: logits, loss, every gradient, every parameter after a step. USERS row
+    23."""
+    expected = one_step(decoder(), tokens())
+    torch.jit.save(torch.jit.script(decoder()), str(tmp_path / "model.pt"))
+    torch.save({"tokens": tokens()}, tmp_path / "tokens.pt")
+    run_program(
+        programs / "train_scripted", *(tmp_path / name for name in ("model.pt", "tokens.pt", "results.pt"))
+    )
+    results = from_cpp(tmp_path / "results.pt")
+    assert results.keys() == expected.keys()
+    for name, t in results.items():
+        assert same_bits(t, expected[name]), name
+
+
+# ---- AOTInductor
+
+
+@pytest.fixture(scope="session")
+def package(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The decoder as an AOTInductor package, its length dynamic."""
+    length = torch.export.Dim("length", min=2, max=CONFIG.seq_len)
+    program = torch.export.export(decoder().eval(), (tokens(),), dynamic_shapes=({1: length},))
+    path = tmp_path_factory.mktemp("aoti") / "model.pt2"
+    torch._inductor.aoti_compile_and_package(program, package_path=str(path))
+    return path
+
+
+def assert_package_results(actual: Tensor, ids: Tensor) -> None:
+    """Inductor fuses what is around the ops: 1e-5, a few float32 roundings per layer."""
+    with torch.no_grad():
+        expected = decoder()(ids)
+    assert (actual - expected).norm() <= 1e-5 * expected.norm()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("length", (17, 5))
+def test_aoti_package_in_a_fresh_process(length: int, package: Path, tmp_path: Path) -> None:
+    """A package runs where only the op library is loaded, at other lengths too. USERS row 23."""
+    torch.save(tokens(length), tmp_path / "ids.pt")
+    fresh_process(
+        "m = torch._inductor.aoti_load_package(a[0])\n"
+        "with torch.no_grad(): torch.save(m(torch.load(a[1])), a[2])",
+        package,
+        tmp_path / "ids.pt",
+        tmp_path / "y.pt",
+    )
+    assert_package_results(torch.load(tmp_path / "y.pt"), tokens(length))
+
+
+@pytest.mark.slow
+def test_aoti_package_in_cpp(programs: Path, package: Path, tmp_path: Path) -> None:
+    """The same package from C++. USERS row 23."""
+    torch.save([tokens()], tmp_path / "inputs.pt")
+    run_program(programs / "run_package", package, tmp_path / "inputs.pt", tmp_path / "outputs.pt")
+    (actual,) = from_cpp(tmp_path / "outputs.pt")
+    assert_package_results(actual, tokens())
+
+
+# ---- ONNX
+
+
+@pytest.mark.slow
+def test_onnx(tmp_path: Path) -> None:
+    """The decomposed model as ONNX ops, run by onnxruntime at two lengths. USERS row 23."""
+    pytest.importorskip("onnxscript")
+    onnxruntime = pytest.importorskip("onnxruntime")
+    length = torch.export.Dim("length", min=2, max=CONFIG.seq_len)
+    program = torch.export.export(decoder().eval(), (tokens(),), dynamic_shapes=({1: length},))
+    program = program.run_decompositions(bhyt.decompositions())
+    path = tmp_path / "model.onnx"
+    torch.onnx.export(program, dynamo=True).save(str(path))
+    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    for n in (17, 5):
+        (actual,) = session.run(None, {session.get_inputs()[0].name: tokens(n).numpy()})
+        assert_package_results(torch.from_numpy(actual), tokens(n))
+
+
+# ---- selective checkpointing and the compile switch stand in test_compile.py
+
+
+def test_export_keeps_the_ops() -> None:
+    """An exported model holds our ops; decomposed, none of them, and the same values. USERS row 23."""
+    program = torch.export.export(decoder().eval(), (tokens(),))
+
+    def ours(exported: torch.export.ExportedProgram) -> List[str]:
+        return [str(node.target) for node in exported.graph.nodes if str(node.target).startswith("bhyt.")]
+
+    assert len(ours(program)) == 2 * CONFIG.layers
+    stream = io.BytesIO()
+    torch.export.save(program, stream)
+    plain = program.run_decompositions(bhyt.decompositions())
+    assert not ours(plain)
+    assert_package_results(plain.module()(tokens()).detach(), tokens())
