@@ -27,13 +27,9 @@ if _host is not None and _host not in sys.path:
     sys.path.append(_host)
 
 
-def _requires():
+# Setuptools would run setup.py to answer these, which imports torch.
+def get_requires_for_build_wheel(config_settings=None):
     return [] if _host is not None else ["torch"]
 
 
-def get_requires_for_build_wheel(config_settings=None):
-    return build_meta.get_requires_for_build_wheel(config_settings) + _requires()
-
-
-def get_requires_for_build_editable(config_settings=None):
-    return build_meta.get_requires_for_build_editable(config_settings) + _requires()
+get_requires_for_build_editable = get_requires_for_build_sdist = get_requires_for_build_wheel

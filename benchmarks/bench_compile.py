@@ -23,6 +23,8 @@ sys.path.insert(0, str(common.REPOSITORY / "examples"))
 from pretraining.model import ModelConfig, Rotary  # noqa: E402
 from pretraining.norms import BLOCKS  # noqa: E402
 
+SHAPE = {"layers": 2, "dim": 512, "heads": 8, "kv_heads": 2, "length": 256, "batch": 4}
+
 
 class Blocks(nn.Module):
     def __init__(self, norm: str, config: ModelConfig) -> None:
@@ -70,7 +72,8 @@ def measure(args: argparse.Namespace, dtype: str) -> dict[str, Any]:
     if args.device != "cpu":
         calls = {name: synchronised(call) for name, call in calls.items()}
     timings = common.interleave(calls, seconds=args.seconds)
-    return {"dtype": dtype, **vars(args), "providers": common.timings_record(timings)}
+    shape = {name: vars(args)[name] for name in SHAPE}
+    return {"dtype": dtype, **shape, "providers": common.timings_record(timings)}
 
 
 def synchronised(call: common.Call) -> common.Call:
@@ -84,8 +87,8 @@ def synchronised(call: common.Call) -> common.Call:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for name, default in {"layers": 2, "dim": 512, "heads": 8, "kv-heads": 2, "length": 256, "batch": 4}.items():
-        parser.add_argument(f"--{name}", type=int, default=default)
+    for name, default in SHAPE.items():
+        parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=default)
     parser.add_argument("--dtypes", default="fp32,bf16")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--seconds", type=float, default=20.0)

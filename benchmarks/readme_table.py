@@ -114,7 +114,27 @@ def goals(result: Result) -> list[str]:
     return [caption(result), "", *markdown(["goal", "target", "measured (worst)", "at", ""], cells)]
 
 
-RENDERERS: dict[str, Callable[[Result], list[str]]] = {"cpu": cpu, "overhead": overhead}
+def compiled(result: Result) -> list[str]:
+    """Time of a training step of a block, relative to every site being a fused op."""
+    problems = result["problems"]
+    shape = "{layers} blocks, {batch} x {length} tokens, d = {dim}".format(**problems[0])
+    names = {
+        "fused ops": "BHyT compiled, sites as fused ops",
+        "approximate decomposed": "BHyT compiled, approximate sites as formulas",
+        "all decomposed": "BHyT compiled, all sites as formulas",
+        "rms_norm": "RMSNorm compiled",
+        "eager": "BHyT eager",
+        "eager rms_norm": "RMSNorm eager",
+    }
+    cells = []
+    for name, title in names.items():
+        ratios = [p["providers"][name]["us"] / p["providers"]["fused ops"]["us"] for p in problems]
+        cells.append([title, *(f"{ratio:.3f}" for ratio in ratios)])
+    header = [f"step time over the first line's; {shape}", *(p["dtype"] for p in problems)]
+    return [caption(result), "", *markdown(header, cells)]
+
+
+RENDERERS: dict[str, Callable[[Result], list[str]]] = {"cpu": cpu, "overhead": overhead, "compile": compiled}
 
 
 def newest(name: str, results: Path) -> Optional[Result]:

@@ -81,6 +81,8 @@ stage tests_slow 60 "$PYTHON" -P -m pytest -q -m slow -k "cuda and not host" tes
 stage memcheck 60 bash -c "sanitize memcheck"
 stage racecheck 60 bash -c "sanitize racecheck"
 stage benchmarks 240 "$PYTHON" benchmarks/bench_cuda.py --out "$OUT/cuda.json"
+stage compile 60 "$PYTHON" benchmarks/bench_compile.py --device cuda --dtypes bf16 --dim 2048 --heads 16 --kv-heads 4 \
+  --length 2048 --seconds 5 --out "$OUT/compile.json"
 
 "$PYTHON" - "$OUT" << 'PY'
 import json, subprocess, sys

@@ -13,7 +13,7 @@ site="$(python -c 'import sysconfig; print(sysconfig.get_path("platlib"))')"
 
 # A Python that sees this environment's packages but has an empty site-packages folder of its own.
 beside() {
-  python -m venv "$1"
+  python -m venv --without-pip "$1"
   echo "$site" > "$("$1/bin/python" -c 'import sysconfig; print(sysconfig.get_path("platlib"))')/beside.pth"
 }
 
@@ -32,7 +32,7 @@ ls "$work"/offline/bhyt-*-cp310-abi3-*.whl
 
 say "editable"
 beside "$work/editable"
-PIP_NO_INDEX=1 "$work/editable/bin/python" -m pip install -q --no-build-isolation --no-deps -e .
+PIP_NO_INDEX=1 pip --python "$work/editable/bin/python" install -q --no-build-isolation --no-deps -e .
 (cd "$work" && "$work/editable/bin/python" -c "import bhyt, sys; sys.exit(not bhyt.__file__.startswith('$root'))")
 (cd "$work" && "$work/editable/bin/python" -m bhyt)
 rm -f bhyt/_ops*.so bhyt/_built_for.py
@@ -49,9 +49,9 @@ say "no nvcc: a CPU build that says so; insisting is an error"
 sed 's#"/usr/local/cuda"#"/nowhere"#' setup.py > "$work/setup.py"
 nowhere=(env -u CUDA_HOME -u CUDA_PATH PATH="$(dirname "$(command -v python)"):/usr/bin:/bin")
 for wanted in "" 1; do
-  PYTHONPATH="$work" BHYT_CUDA="$wanted" "${nowhere[@]}" python -c "
+  (cd "$work" && BHYT_CUDA="$wanted" "${nowhere[@]}" python -c "
 import setuptools; setuptools.setup = lambda **kwargs: None
-import setup" > "$work/log" 2>&1 && outcome=0 || outcome=$?
+import setup") > "$work/log" 2>&1 && outcome=0 || outcome=$?
   cat "$work/log"
   if [ -n "$wanted" ]; then
     [ "$outcome" -ne 0 ] && grep -q "nvcc was not found: set CUDA_HOME" "$work/log"

@@ -85,11 +85,12 @@ def test_fullgraph(backend: str, device: str) -> None:
 
 
 @pytest.mark.slow
-def test_inductor(device: str) -> None:
-    """Inductor's code around the ops, static and dynamic, with a sequence length of 1 too. USERS row 22."""
+@pytest.mark.parametrize("mode, dynamic", (("default", True), ("reduce-overhead", False)))
+def test_inductor(mode: str, dynamic: bool, device: str) -> None:
+    """Inductor's code around the ops, dynamic and with CUDA graphs, with a length of 1 too. USERS row 22."""
     block = Block().to(device)
-    compiled = torch.compile(block, fullgraph=True, dynamic=True)
-    for length in (8, 13, 1):
+    compiled = torch.compile(block, fullgraph=True, mode=mode, dynamic=dynamic)
+    for length in (8, 8, 13, 1):
         assert_close(results(compiled, block, length, device), results(block, block, length, device))
 
 
