@@ -61,7 +61,7 @@ struct Float {
 #if defined(BHYT_AVX512_BF16)
     // Two instructions for ten, but they flush subnormals to zero: those take the long way.
     if (__builtin_expect(_mm512_fpclass_ps_mask(x, 0x20) == 0, 1))
-      return bit_cast<__m256i>(_mm512_cvtneps_pbh(x));
+      return (__m256i)_mm512_cvtneps_pbh(x);  // a cast of vectors: no value changes
 #endif
     const __m512i bits = _mm512_castps_si512(x);
     const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
