@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# The ways to install, each tried for real: USERS rows 1 to 3. Run in an environment that has torch, after an install from
-# this folder, whose objects are reused; only the build without torch compiles anew (unoptimised, for the CPU).
+# The ways to install, each tried for real: USERS rows 1 to 3. Run in a throwaway environment that has torch (its bhyt is
+# replaced and removed), after an install from this folder, whose objects are reused; only the build without torch
+# compiles anew (unoptimised, for the CPU).
 set -euo pipefail
 root="$(cd "$(dirname "$0")/.." && pwd)"
 cd "$root"
@@ -9,13 +10,6 @@ trap 'rm -rf "$work"; rm -f "$root"/bhyt/_ops*.so "$root"/bhyt/_built_for.py' EX
 say() { printf '\n== %s\n' "$1"; }
 torch_version="$(python -c 'import torch; print(torch.__version__.split("+")[0])')"
 torch_minor="${torch_version%.*}"
-site="$(python -c 'import sysconfig; print(sysconfig.get_path("platlib"))')"
-
-# A Python that sees this environment's packages but has an empty site-packages folder of its own.
-beside() {
-  python -m venv --without-pip "$1"
-  echo "$site" > "$("$1/bin/python" -c 'import sysconfig; print(sysconfig.get_path("platlib"))')/beside.pth"
-}
 
 say "torch is there, whatever PyPI's newest is: the wheel is built for it"
 pip wheel -q --no-deps -w "$work/isolated" .
@@ -31,10 +25,10 @@ PIP_NO_INDEX=1 pip wheel -q --no-build-isolation --no-deps -w "$work/offline" .
 ls "$work"/offline/bhyt-*-cp310-abi3-*.whl
 
 say "editable"
-beside "$work/editable"
-PIP_NO_INDEX=1 pip --python "$work/editable/bin/python" install -q --no-build-isolation --no-deps -e .
-(cd "$work" && "$work/editable/bin/python" -c "import bhyt, sys; sys.exit(not bhyt.__file__.startswith('$root'))")
-(cd "$work" && "$work/editable/bin/python" -m bhyt)
+PIP_NO_INDEX=1 pip install -q --no-build-isolation --no-deps -e .
+(cd "$work" && python -c "import bhyt, sys; sys.exit(not bhyt.__file__.startswith('$root'))")
+(cd "$work" && python -m bhyt)
+pip uninstall -q -y bhyt
 rm -f bhyt/_ops*.so bhyt/_built_for.py
 
 say "the sdist is complete"
