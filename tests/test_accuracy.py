@@ -47,6 +47,14 @@ def test_very_long_rows(form: str, dtype: torch.dtype, device: str) -> None:
         check_against_truth(sizes_call(form, d, dtype, device, rows=2))
 
 
+@pytest.mark.parametrize("dtype", (torch.float32, torch.float16, torch.bfloat16), ids=str)
+@pytest.mark.parametrize("form", FORMS)
+def test_many_rows(form: str, dtype: torch.dtype, device: str) -> None:
+    """Tensors beyond a core's own caches, for which the CPU has loops of its own: outputs and gradients at SPEC.md's
+    numbers, a gradient of the sum included."""
+    check_against_truth(sizes_call(form, 1536, dtype, device, rows=300))
+
+
 @pytest.mark.parametrize("d", (1536, 131072))
 def test_long_constant_rows(d: int, device: str) -> None:
     """A constant row rounds the same way at every addition of mean(x^2): y stays within SPEC.md's ulps all

@@ -2,11 +2,10 @@
 docs/deploy.md."""
 
 import io
-import shutil
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any, Dict, Iterator, List
+from typing import Any, Dict, List
 
 import pytest
 import torch
@@ -115,20 +114,6 @@ def test_freezing_keeps_the_offset() -> None:
 
 
 # ---- C++
-
-
-@pytest.fixture(scope="session")
-def programs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """examples/cpp, built against the installed op library."""
-    if not shutil.which("cmake"):
-        pytest.skip("no cmake")
-    folder = tmp_path_factory.mktemp("cpp")
-    configure = ["cmake", "-S", str(ROOT / "examples" / "cpp"), "-B", str(folder)]
-    configure += [f"-DCMAKE_PREFIX_PATH={torch.utils.cmake_prefix_path}", f"-DBHYT_OPS={bhyt.library_path()}"]
-    for command in (configure, ["cmake", "--build", str(folder), "--parallel", "2"]):
-        run = subprocess.run(command, capture_output=True, text=True)
-        assert run.returncode == 0, run.stdout + run.stderr
-    yield folder
 
 
 def run_program(program: Path, *arguments: Path) -> None:

@@ -1,7 +1,7 @@
 """Nothing above the baseline runs on a CPU without it: read from the library's machine code.
 
 AVX, AVX2 and AVX-512 instructions may stand only in functions of the namespaces that are entered after a look at the
-CPU (csrc/cpu/kernels.cpp). A std:: template that leaked out of one of them would be called by everybody.
+CPU (csrc/cpu/kernels.cpp, kernels_*.cpp). A std:: template that leaked out of one of them would be called by everybody.
 """
 
 import platform

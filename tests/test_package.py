@@ -20,8 +20,9 @@ OPS = ("forward", "forward_approx", "add_forward", "add_forward_approx", "backwa
 TORCH_FREE = (
     "csrc/params.h",
     "csrc/cpu/*-inl.h",
-    "csrc/cpu/kernels.h",
+    "csrc/cpu/kernels*",
     "csrc/cpu/scalar.h",
+    "csrc/cpu/tier.h",
     "csrc/cuda/*.cu",
     "csrc/cuda/*.cuh",
     "csrc/cuda/launch.h",

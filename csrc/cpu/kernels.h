@@ -41,6 +41,20 @@ struct Kernels {
   void (*widen)(const Values& from, DType stream, int64_t n, void* to);
 };
 
+// One table per instruction set, each from the kernels_*.cpp of its name.
+namespace baseline {
+extern const Kernels kernels;
+}
+namespace avx2 {
+extern const Kernels kernels;
+}
+namespace avx512 {
+extern const Kernels kernels;
+}
+namespace avx512_bf16 {
+extern const Kernels kernels;
+}
+
 // Tables this CPU can run, plainest first.
 std::vector<const Kernels*> runnable_kernels();
 

@@ -1,4 +1,4 @@
-// The table of one instruction set: here the dtypes of a call become template arguments. Included after rows-inl.h.
+// The functions of one table: here the dtypes of a call become template arguments. Included after rows-inl.h.
 
 // A float64 stream is worked in double lanes.
 void forward(const ForwardParams& p, const void* weight, int64_t begin, int64_t end) {
@@ -57,5 +57,3 @@ void widen_values(const Values& from, DType stream, int64_t n, void* to) {
     });
   });
 }
-
-constexpr Kernels kernels = {BHYT_TIER_NAME, forward, backward, sum_weight, sum_lam, widen_values};
