@@ -27,11 +27,11 @@ import functools
 import subprocess
 import sys
 import time
-from typing import Any, Callable, Iterator, Mapping, NamedTuple, Optional, Sequence
+from typing import Any, Callable, Iterator, Mapping, Optional, Sequence
 
 import common
 import torch
-import torch.nn.functional as F
+from cpu_providers import Compiler, Formula, formulas
 from torch import Tensor
 
 import bhyt
@@ -52,95 +52,6 @@ CASES = (
 )
 PEERS = ("copy", "layer_norm", "rms_norm", "eager", "inductor", "inductor_rms_norm", "inductor_dyt")
 DIFFERENTIABLE = ("x", "residual", "variance", "weight", "bias", "lam", "alpha")
-
-
-# ---- providers
-
-
-class Formula(NamedTuple):
-    """A function of named inputs; returns (y,) or, in add cases, (y, sum)."""
-
-    inputs: tuple[str, ...]
-    function: Callable[..., Sequence[Tensor]]
-
-
-def site(forward_case: str, ops: Any) -> Formula:
-    """The site of a forward case, by `bhyt.functional` or by `bhyt.reference`."""
-    op = getattr(ops, forward_case)
-    if forward_case == "forward":
-        return Formula(("x", "weight", "lam"), lambda x, w, lam: op(x, w, lam)[:1])
-    if forward_case == "forward_approx":
-        return Formula(
-            ("x", "variance", "offset", "weight", "lam"), lambda x, v, o, w, lam: (op(x, v, o, w, lam),)
-        )
-    if forward_case == "add_forward":
-        return Formula(("x", "residual", "weight", "lam"), lambda x, r, w, lam: op(x, r, w, lam)[:2])
-    return Formula(("x", "residual", "variance", "offset", "weight", "lam"), op)
-
-
-def layer_norm(x: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, ...]:
-    return (F.layer_norm(x, x.shape[-1:], weight, bias),)
-
-
-def add_layer_norm(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, ...]:
-    total = x + residual
-    return F.layer_norm(total, x.shape[-1:], weight, bias), total
-
-
-def rms_norm(x: Tensor, weight: Tensor) -> tuple[Tensor, ...]:
-    return (F.rms_norm(x, x.shape[-1:], weight),)
-
-
-def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor) -> tuple[Tensor, ...]:
-    total = x + residual
-    return F.rms_norm(total, x.shape[-1:], weight), total
-
-
-def dyt(x: Tensor, alpha: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, ...]:
-    return (weight * torch.tanh(alpha * x) + bias,)
-
-
-def formulas(forward_case: str) -> dict[str, Formula]:
-    """Every provider of a forward case but the copy; Inductor's are still to be compiled."""
-    adds = forward_case.startswith("add")
-    rows = ("x", "residual") if adds else ("x",)
-    reference = site(forward_case, bhyt.reference)
-    rms = Formula((*rows, "weight"), add_rms_norm if adds else rms_norm)
-    table = {
-        "bhyt": site(forward_case, bhyt.functional),
-        "layer_norm": Formula((*rows, "weight", "bias"), add_layer_norm if adds else layer_norm),
-        "rms_norm": rms,
-        "eager": reference,
-        "inductor": reference,
-        "inductor_rms_norm": rms,
-    }
-    if not adds:
-        table["inductor_dyt"] = Formula(("x", "alpha", "weight", "bias"), dyt)
-    return table
-
-
-class Compiler:
-    """torch.compile for one shape at a time, each formula at most twice: with and without gradients."""
-
-    def __init__(self) -> None:
-        self._compiled: dict[tuple[str, str], Formula] = {}
-
-    def new_shape(self) -> None:
-        if self._compiled:
-            torch._dynamo.reset()
-            self._compiled.clear()
-
-    def __call__(self, provider: str, forward_case: str, formula: Formula) -> Formula:
-        key = (provider, forward_case if provider == "inductor" else str(formula.inputs))
-        if key not in self._compiled:
-            import torch._functorch.config as config  # here: it takes seconds that others need not wait
-
-            # The backward cases run a recorded graph again and again, which donated buffers forbid. These
-            # formulas save their inputs and row statistics only, so there is nothing large to donate.
-            config.donated_buffer = False
-            compiled = torch.compile(formula.function, dynamic=False, fullgraph=True)
-            self._compiled[key] = Formula(formula.inputs, compiled)
-        return self._compiled[key]
 
 
 # ---- problems

@@ -1,4 +1,4 @@
-"""The blocks of docs/deploy.md, run as they stand: each in a process of its own, one after the other."""
+"""The documents: blocks of docs/deploy.md, run as they stand; tests named in docs/users.md."""
 
 import os
 import re
@@ -31,3 +31,17 @@ def test_deploy_page(programs: Path) -> None:
             command, cwd=folder, capture_output=True, text=True, env=dict(os.environ, PATH=path)
         )
         assert run.returncode == 0, f"{code}\n{run.stdout}\n{run.stderr}"
+
+
+def test_users_page() -> None:
+    """Rows 1 to 30, each with tests that exist."""
+    page = (ROOT / "docs" / "users.md").read_text()
+    rows = {int(n): tests for n, tests in re.findall(r"^\| (\d+) \|.*\| (.*) \|$", page, re.MULTILINE)}
+    assert list(rows) == list(range(1, 31))
+    for n, tests in rows.items():
+        file = ""
+        for name in re.findall(r"`([^`]+)`", tests):
+            file, _, test = name.partition("::") if not name.startswith("::") else (file, "", name[2:])
+            code = (ROOT / "tests" / file).read_text()
+            assert not test or f"def {test}(" in code, f"row {n}: {file}::{test}"
+        assert file, f"row {n} names no test"
