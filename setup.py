@@ -78,6 +78,11 @@ def extension():
 class Build(BuildExtension):
     """Also writes what the library was built for, which `import bhyt` compares with what is running."""
 
+    def finalize_options(self):
+        super().finalize_options()
+        if self.editable_mode:  # setuptools compiles these in a folder it throws away: everything anew each time
+            self.build_temp = str(ROOT / "build" / f"temp.{self.plat_name}-{sys.implementation.cache_tag}")
+
     def run(self):
         super().run()
         folder = ROOT / "bhyt" if self.inplace else Path(self.build_lib) / "bhyt"

@@ -10,9 +10,10 @@ from bhyt import _library
 
 _library.load()
 
-from bhyt import functional, reference  # noqa: E402  (they name the ops just registered)
+from bhyt import diagnostics, functional, reference  # noqa: E402  (they name the ops just registered)
 from bhyt._library import library_path  # noqa: E402
 from bhyt.compiling import decompose_when_compiling, decompositions  # noqa: E402
+from bhyt.folding import fold_gain  # noqa: E402
 from bhyt.gain import attention_gain  # noqa: E402
 from bhyt.modules import BHyT, BHyTApprox  # noqa: E402
 
@@ -22,6 +23,8 @@ __all__ = [
     "attention_gain",
     "decompose_when_compiling",
     "decompositions",
+    "diagnostics",
+    "fold_gain",
     "functional",
     "library_path",
     "reference",

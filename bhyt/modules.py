@@ -177,7 +177,12 @@ class BHyTApprox(_Site):
         """Set the offset to gain * lam1^2 / kappa1^2, lam1 and kappa1 being those of the block's exact site `first`.
 
         gain: c, from `bhyt.attention_gain`.
+
+        Raises:
+            RuntimeError: the gain of `first` is folded into W_V (see `bhyt.fold_gain`), so that c is not the model's.
         """
+        if hasattr(first, "gain_folded"):
+            raise RuntimeError("first: its gain is folded into W_V, of which c must not be computed; unfold it before")
         self.set_variance_offset(gain * (first.lam.detach().to(gain).reshape(()) / first.kappa).square())
 
     def _check_offset(self) -> None:

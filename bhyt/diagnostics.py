@@ -1,0 +1,251 @@
+"""What each BHyT site sees while a model runs: magnitude, variance, saturation, lam, and how far v' is from v.
+
+    with bhyt.diagnostics.record(model) as record:
+        model(batch)                    # once or many times, backward included
+    print(record)                       # a table; list(record) has the numbers
+    record.plot("sites.png")            # needs matplotlib
+"""
+
+import contextlib
+import functools
+import inspect
+import math
+import threading
+from dataclasses import dataclass
+from typing import Any, Callable, Dict, Iterator, List, Optional
+
+import torch
+from torch import Tensor, nn
+
+from bhyt.modules import BHyT, BHyTApprox
+
+SATURATED = 0.95  # |tanh| above this counts as saturated: its derivative is below a tenth
+
+
+@dataclass(frozen=True)
+class SiteStatistics:
+    """One site's statistics: means over all rows x [d] that it was given in the context, the residual added.
+
+    Attributes:
+        name: as in `model.named_modules()`.
+        kind: "exact" or "approximate".
+        rows: how many there were.
+        magnitude: mean |x|.
+        variance: mean of v = mean(x^2), computed from the row at both kinds of site.
+        saturation: share of elements with |tanh(a x)| > 0.95, a = lam / (kappa sqrt(v + eps)), with v' for v at an
+            approximate site.
+        lam: at the last call.
+        approximation: mean of v', the variance an approximate site used, its offset included; None at an exact site.
+        relative_error: mean of |v' - v| / (v + eps); None at an exact site.
+        correlation: Pearson's r between v' and v over the rows; None at an exact site, NaN where v or v' is constant.
+    """
+
+    name: str
+    kind: str
+    rows: int
+    magnitude: float
+    variance: float
+    saturation: float
+    lam: float
+    approximation: Optional[float] = None
+    relative_error: Optional[float] = None
+    correlation: Optional[float] = None
+
+
+class Record:
+    """What `record` yields: iterable over `SiteStatistics`, in the model's order, sites that were not called left out.
+
+    Reading it (iterating, printing, plotting) is what waits for the device. It can be read in the context and after.
+    """
+
+    def __init__(self, sites: List["_Site"]) -> None:
+        self._sites = sites
+
+    def __iter__(self) -> Iterator[SiteStatistics]:
+        return iter([site.read() for site in self._sites if site.rows])
+
+    def __str__(self) -> str:
+        header = ("site", "rows", "mean |x|", "variance", "saturated", "lam", "v'", "|v' - v| / v", "r")
+        table = [header]
+        for site in self:
+            numbers = [f"{site.magnitude:.4g}", f"{site.variance:.4g}", f"{site.saturation:.3%}", f"{site.lam:.4g}"]
+            if site.kind == "approximate":
+                numbers += [f"{site.approximation:.4g}", f"{site.relative_error:.3%}", f"{site.correlation:.4f}"]
+            table.append((site.name, f"{site.rows}", *numbers, *[""] * (len(header) - 2 - len(numbers))))
+        widths = [max(map(len, column)) for column in zip(*table)]
+        lines = [[cell.rjust(width) for cell, width in zip(row, widths)] for row in table]
+        return "\n".join("  ".join([row[0].ljust(widths[0]), *line[1:]]).rstrip() for row, line in zip(table, lines))
+
+    def plot(self, path: Any) -> None:
+        """Draw magnitude, variance and v', saturation, and the error of v' by depth into a file.
+
+        Args:
+            path: of the picture; its ending is the format, as `matplotlib.figure.Figure.savefig` takes it.
+
+        Raises:
+            ImportError: matplotlib is not installed.
+        """
+        try:
+            from matplotlib.figure import Figure
+            from matplotlib.ticker import MaxNLocator, PercentFormatter
+        except ImportError as error:
+            raise ImportError("bhyt.diagnostics: plot needs matplotlib: pip install matplotlib") from error
+
+        figure = Figure(figsize=(11, 7), layout="constrained")
+        panels = figure.subplots(2, 2)
+        for axes, (field, title) in zip(panels.flat, _PANELS.items()):
+            for kind, marker in (("exact", "o"), ("approximate", "s")):
+                points = [(i, getattr(site, field)) for i, site in enumerate(self) if site.kind == kind]
+                points = [point for point in points if point[1] is not None]
+                if points:
+                    axes.plot(*zip(*points), marker, label=kind)
+            axes.set(title=title, xlabel="site")
+            axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+            axes.grid(alpha=0.25)
+        (magnitude, variance), (saturation, error) = panels
+        approximations = [(i, site.approximation) for i, site in enumerate(self) if site.kind == "approximate"]
+        if approximations:
+            variance.plot(*zip(*approximations), "x", label="v' of the approximate")
+        magnitude.set_yscale("log")
+        variance.set_yscale("log")
+        variance.legend()
+        saturation.yaxis.set_major_formatter(PercentFormatter(1))
+        error.yaxis.set_major_formatter(PercentFormatter(1))
+        figure.savefig(path)
+
+
+_PANELS = {
+    "magnitude": "mean |x|",
+    "variance": "variance v = mean(x²)",
+    "saturation": f"share of |tanh| > {SATURATED}",
+    "relative_error": "|v' - v| / v",
+}
+
+
+@contextlib.contextmanager
+def record(model: nn.Module) -> Iterator[Record]:
+    """Record every BHyT site of `model` within the context, whichever of its methods is called.
+
+    Outputs and gradients keep their bits. Nothing waits for the device before the record is read, and the memory needed
+    does not grow with the calls. Outside the context nothing is left behind, after exceptions neither. In a training
+    loop: around every so many steps.
+
+    Rows that activation checkpointing computes again in the backward pass count once. Models that torch.compile has
+    compiled run eagerly in the context. Scripted and exported models, and CUDA graphs that were captured before, hide
+    their sites. With several processes each records the rows it sees itself. Padding counts as any row.
+
+    Args:
+        model: any module with `bhyt.BHyT` or `bhyt.BHyTApprox` sites, or a site itself.
+
+    Yields:
+        A `Record`.
+
+    Raises:
+        ValueError: the model has no site, or one that another context is recording.
+    """
+    sites: Dict[nn.Module, _Site] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, (BHyT, BHyTApprox)):
+            sites[module] = _Site(name, isinstance(module, BHyT))
+    if not sites:
+        raise ValueError(f"model: {type(model).__name__} has no BHyT site")
+    with _lock:
+        if not _recording.keys().isdisjoint(sites):
+            raise ValueError(f"model: {type(model).__name__} is being recorded by another context")
+        if not _recording:
+            _wrap_methods()
+        _recording.update(sites)
+    try:
+        yield Record(list(sites.values()))
+    finally:
+        with _lock:
+            for site in sites:
+                del _recording[site]
+            if not _recording:
+                _undo.close()
+
+
+class _Site:
+    """Running statistics of one site, on its device.
+
+    Means and co-moments of several batches are merged as in Chan, Golub and LeVeque, "Updating formulae and a pairwise
+    algorithm for computing sample variances" (1979): no sums of squares, so float32 is enough.
+    """
+
+    def __init__(self, name: str, exact: bool) -> None:
+        self.name = name
+        self.exact = exact
+        self.rows = 0
+
+    @torch.no_grad()
+    def add(self, site: nn.Module, x: Tensor, variance: Optional[Tensor]) -> None:
+        """x: [..., d]; variance: [..., 1], as given to an approximate site, None at an exact one."""
+        x = x.detach().reshape(-1, x.shape[-1])
+        count, d = x.shape
+        if count == 0:
+            return
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        true = torch.linalg.vector_norm(x, 2, -1, dtype=dtype).square() / d
+        used = true if variance is None else variance.reshape(-1) + site.variance_offset.to(dtype)
+        # |tanh(a x)| > 0.95 where |x| > atanh(0.95) / a.
+        limit = math.atanh(SATURATED) * site.kappa * torch.sqrt(used + site.eps) / site.lam.to(dtype).abs()
+        values = torch.stack([  # [5, rows]
+            true,
+            used,
+            torch.linalg.vector_norm(x, 1, -1, dtype=dtype) / d,
+            (x.abs() > limit[:, None]).sum(-1) / d,
+            (used - true).abs() / (true + site.eps),
+        ])
+        mean = values.mean(1)
+        centred = values[:2] - mean[:2, None]
+        moments = (centred[:, None] * centred).sum(-1)  # [2, 2]
+        if self.rows:
+            share = count / (self.rows + count)
+            delta = mean - self.mean
+            mean = self.mean + share * delta
+            moments = self.moments + moments + share * self.rows * torch.outer(delta[:2], delta[:2])
+        self.mean, self.moments, self.lam = mean, moments, site.lam.detach().clone()
+        self.rows += count
+
+    def read(self) -> SiteStatistics:
+        true, used, magnitude, saturation, error = self.mean.tolist()
+        statistics = (self.rows, magnitude, true, saturation, self.lam.item())
+        if self.exact:
+            return SiteStatistics(self.name, "exact", *statistics)
+        (true_square, product), (_, used_square) = self.moments.tolist()
+        scale = math.sqrt(true_square) * math.sqrt(used_square)
+        return SiteStatistics(
+            self.name, "approximate", *statistics, used, error, product / scale if scale else math.nan
+        )
+
+
+# Forward hooks see only module(x), and wrappers set on an instance would go with its copies. So the methods of the two
+# classes are wrapped, as long as any model is recorded, and look here for whose statistics they add to.
+_recording: Dict[nn.Module, _Site] = {}
+_undo = contextlib.ExitStack()
+_lock = threading.Lock()
+
+
+def _wrap_methods() -> None:
+    _undo.enter_context(torch.compiler.set_stance("force_eager"))
+    for kind in (BHyT, BHyTApprox):
+        for name, method in list(vars(kind).items()):
+            if name.startswith("forward"):
+                _undo.callback(setattr, kind, name, method)
+                setattr(kind, name, _recorded(method))
+
+
+def _recorded(method: Callable[..., Any]) -> Callable[..., Any]:
+    signature = inspect.signature(method)
+
+    @functools.wraps(method)
+    def call(site: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        result = method(site, *args, **kwargs)
+        statistics = _recording.get(site)
+        # Within a backward pass it is activation checkpointing that calls, for rows that have been counted.
+        if statistics is not None and torch._C._current_graph_task_id() == -1:
+            given = signature.bind(site, *args, **kwargs).arguments
+            statistics.add(site, result[1] if "residual" in given else given["x"], given.get("variance"))
+        return result
+
+    return call
