@@ -6,6 +6,11 @@ import torch
 from torch import Tensor
 
 
+def whole(weight: Tensor) -> Tensor:
+    """All of a weight that FSDP2 or tensor parallelism has sharded (every process must ask); any other as it is."""
+    return weight.full_tensor() if hasattr(weight, "full_tensor") else weight
+
+
 @torch.no_grad()
 def attention_gain(
     v_weight: Tensor, o_weight: Tensor, seq_len: int, kv_groups: int = 1, *, head_dim: Optional[int] = None
@@ -14,6 +19,8 @@ def attention_gain(
 
     With grouped-query attention the values are repeated for the query heads that share them, so W_O's column blocks
     that read one KV head are summed first. Then ||W_O W_V||_F^2 = sum of (W_V W_V^T) * (W_O^T W_O): no d x d product.
+
+    Sharded weights (DTensor) are gathered, by every process that takes part.
 
     Args:
         v_weight: W_V as `v_proj.weight` stores it, [kv_heads * head_dim, d], any floating dtype.
@@ -28,6 +35,7 @@ def attention_gain(
     Raises:
         ValueError: shapes that do not fit together, or numbers below 1.
     """
+    v_weight, o_weight = whole(v_weight), whole(o_weight)
     if v_weight.dim() != 2 or o_weight.dim() != 2:
         raise ValueError(
             f"expected matrices, got v_weight {list(v_weight.shape)} and o_weight {list(o_weight.shape)}"

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from bhyt import functional as F
+from bhyt.gain import whole
 
 
 class _Site(nn.Module):
@@ -183,7 +184,7 @@ class BHyTApprox(_Site):
         """
         if hasattr(first, "gain_folded"):
             raise RuntimeError("first: its gain is folded into W_V, of which c must not be computed; unfold it before")
-        self.set_variance_offset(gain * (first.lam.detach().to(gain).reshape(()) / first.kappa).square())
+        self.set_variance_offset(gain * (whole(first.lam).detach().to(gain).reshape(()) / first.kappa).square())
 
     def _check_offset(self) -> None:
         if not self.offset_is_set:

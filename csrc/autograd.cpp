@@ -98,7 +98,7 @@ using Wanted = std::array<bool, kEdges>;
 template <bool exact, bool adds>
 variable_list site_gradients(const variable_list& grads, const Saved& saved, const Wanted& wanted) {
   const auto& [row, variance, offset, weight, lam, kappa, eps] = saved;
-  const Tensor grad_y = grads[0].defined() ? grads[0] : at::zeros({}, row.options()).expand_symint(row.sym_sizes());
+  const Tensor grad_y = grads[0].defined() ? grads[0] : row.new_zeros({}).expand_symint(row.sym_sizes());
   const OptionalTensor grad_sum = adds ? optional(grads[1]) : std::nullopt;
   const bool for_row = wanted[kX] || wanted[kResidual];
   Tensor grad_row, grad_variance, grad_weight, grad_lam;
