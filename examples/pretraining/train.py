@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from .data import Corpus
-from .model import Decoder, ModelConfig
+from .model import Block, Decoder, ModelConfig
 from .norms import BLOCKS
 
 VALIDATION_WINDOWS = 128
@@ -62,13 +62,17 @@ class TrainConfig:
 class Run:
     """A model with one kind of norm on its way through training. Files: OUT/NORM.jsonl and OUT/NORM.pt."""
 
-    def __init__(self, norm: str, model: ModelConfig, config: TrainConfig, corpus: Corpus, out: Path) -> None:
+    def __init__(
+        self, norm: str, model: ModelConfig, config: TrainConfig, corpus: Corpus, out: Path,
+        block: type[Block] | None = None,
+    ) -> None:
+        """block: what the model is made of, if not what BLOCKS has under the name `norm`."""
         self.norm, self.config, self.corpus = norm, config, corpus
         self.log_path, self.checkpoint_path = out / f"{norm}.jsonl", out / f"{norm}.pt"
         self.step = 0
         self.device = torch.device(config.device)
         torch.manual_seed(config.seed)
-        self.model = Decoder(model, BLOCKS[norm]).to(self.device)
+        self.model = Decoder(model, block or BLOCKS[norm]).to(self.device)
         self.optimizer = make_optimizer(self.model, config)
         self.compute_logits = torch.compile(self.model) if config.compile else self.model
 

@@ -1,0 +1,134 @@
+"""What the study trains: its presets, and one job per training run with the file that keeps its result."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Mapping, Sequence
+
+NORMS = ("bhyt", "bhyt-exact", "rmsnorm", "layernorm", "dyt", "peri-ln", "lns")
+POSITION = "bhyt-position"  # BHyT with 1/t for 1/T, see variants.py
+SEARCH_SEED = 0  # the learning-rate search has a seed of its own
+REFRESH = 10  # steps between updates of the variance offsets, where nothing else is said
+NEVER = 0  # as a refresh: after the initialisation no more
+
+
+@dataclass(frozen=True)
+class Preset:
+    layers: int
+    dim: int
+    heads: int
+    kv_heads: int
+    seq_len: int
+    batch: int
+    short: int  # steps of a run of the learning-rate search and of the bound
+    long: int  # steps of all others; equal steps are equal tokens
+    measurements: int  # of a long run, after the one at its start; a short run has one
+    lrs: tuple[float, ...]
+    seeds: tuple[int, ...]
+    refreshes: tuple[int, ...]
+    bounds: tuple[float, ...]  # values of (lam / kappa) * sqrt(layers)
+    device: str
+    dtype: str
+
+
+LRS = (1e-3, 3e-3, 1e-2, 3e-2, 1e-1)  # the last two ask for trouble
+SEEDS = (1, 2, 3)
+BOUNDS = (0.5, 1.0, 2.0, 4.0)
+
+PRESETS = {
+    "smoke": Preset(2, 16, 2, 1, 16, 16, 2, 4, 2, (1e-3, 1e-2), (1, 2), (1, NEVER), (0.5, 2.0), "cpu", "float32"),
+    "cpu": Preset(
+        24, 128, 4, 2, 128, 4, 120, 400, 4, LRS, SEEDS, (1, REFRESH, 100, NEVER), BOUNDS, "cpu", "float32"
+    ),
+    "gpu": Preset(
+        48, 256, 4, 2, 512, 32, 600, 4000, 8, LRS, SEEDS, (1, REFRESH, 100, 1000, NEVER), BOUNDS, "cuda", "bfloat16"
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Job:
+    """One training run, as far as it differs from the others of its study."""
+
+    norm: str
+    lr: float
+    seed: int
+    steps: int
+    measurements: int = 1
+    refresh: int = REFRESH
+    bound: float | None = None  # lam / kappa of both sites, frozen, in units of 1 / sqrt(layers)
+
+
+Result = Mapping[str, Any]
+Results = Mapping[Job, Result]
+
+
+# ---- the experiments
+
+
+def searches(preset: Preset) -> list[Job]:
+    """The same small grid of learning rates for every norm."""
+    return [Job(norm, lr, SEARCH_SEED, preset.short) for norm in NORMS for lr in preset.lrs]
+
+
+def best_lrs(preset: Preset, results: Results) -> dict[str, float]:
+    """Each norm's learning rate of the lowest held-out loss; the search must be complete."""
+    return {
+        norm: min(preset.lrs, key=lambda lr: final_loss(results[Job(norm, lr, SEARCH_SEED, preset.short)]))
+        for norm in NORMS
+    }
+
+
+def comparison(preset: Preset, norm: str, lr: float, refresh: int = REFRESH) -> list[Job]:
+    """A long run for every seed."""
+    return [Job(norm, lr, seed, preset.long, preset.measurements, refresh) for seed in preset.seeds]
+
+
+def bounded(preset: Preset, lr: float, bound: float) -> list[Job]:
+    return [Job("bhyt", lr, seed, preset.short, bound=bound) for seed in preset.seeds]
+
+
+def unbounded(preset: Preset, lr: float) -> list[Job]:
+    """LayerNorm-Scaling, which the bound is compared with, at the same learning rate and steps."""
+    return [Job("lns", lr, seed, preset.short) for seed in preset.seeds]
+
+
+def experiments(preset: Preset, lrs: Mapping[str, float]) -> list[Job]:
+    """All that follows the search; runs that two experiments share are there once."""
+    jobs = [job for norm in NORMS for job in comparison(preset, norm, lrs[norm])]
+    lr = lrs["bhyt"]
+    jobs += comparison(preset, POSITION, lr)
+    jobs += [job for refresh in preset.refreshes for job in comparison(preset, "bhyt", lr, refresh)]
+    jobs += [job for bound in preset.bounds for job in bounded(preset, lr, bound)]
+    jobs += unbounded(preset, lr)
+    return list(dict.fromkeys(jobs))
+
+
+# ---- results
+
+
+def final_loss(result: Result) -> float:
+    """The last held-out loss in nats per byte; infinite for a run that diverged."""
+    return math.inf if result["diverged"] else result["measurements"][-1]["loss"]
+
+
+def result_path(folder: Path, common: Mapping[str, Any], job: Job) -> Path:
+    """Any other setting, of the job or of the study (`common`), is another file."""
+    settings = json.dumps([dict(common), asdict(job)], sort_keys=True)
+    digest = hashlib.sha256(settings.encode()).hexdigest()[:10]
+    return folder / f"{job.norm}-lr{job.lr:g}-seed{job.seed}-{digest}.json"
+
+
+def read_results(paths: Sequence[Path]) -> dict[Job, Result]:
+    """
+    Raises:
+        SystemExit: results of different studies, which must not be compared.
+    """
+    results = [json.loads(path.read_text(encoding="utf-8")) for path in paths]
+    if any(result["common"] != results[0]["common"] for result in results):
+        raise SystemExit("results of different presets or texts: give each a folder of its own (run.py --out)")
+    return {Job(**result["job"]): result for result in results}

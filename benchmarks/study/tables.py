@@ -1,0 +1,216 @@
+"""The study's tables in Markdown. Each takes what `Study` holds and gives lines; none when its runs are missing."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import cached_property
+from statistics import mean, median, stdev
+from typing import Any, Callable, Sequence
+
+from jobs import (
+    NEVER, NORMS, POSITION, REFRESH, SEARCH_SEED, Job, Preset, Result, Results, best_lrs, bounded, comparison,
+    final_loss, searches, unbounded,
+)
+from pretraining.norms import KAPPA
+from pretraining.plot import STYLE
+
+LABELS = {norm: label for norm, (_, _, label) in STYLE.items()}
+ESTIMATES = {"none": "v", "T": "v + offset (BHyT)", "t": "v + offset T / t", "weights": "v + offset T Σp²"}
+
+
+@dataclass(frozen=True)
+class Study:
+    preset: Preset
+    results: Results
+
+    @cached_property
+    def lrs(self) -> dict[str, float]:
+        """The best learning rates; empty as long as the search is not complete."""
+        complete = all(job in self.results for job in searches(self.preset))
+        return best_lrs(self.preset, self.results) if complete else {}
+
+    def of(self, jobs: Sequence[Job]) -> list[Result]:
+        """Those of the jobs' results that are there."""
+        return [self.results[job] for job in jobs if job in self.results]
+
+    def compared(self, norm: str, refresh: int = REFRESH) -> list[Result]:
+        lr = self.lrs.get("bhyt" if norm == POSITION else norm)
+        return self.of(comparison(self.preset, norm, lr, refresh)) if lr else []
+
+    def bounded(self, bound: float) -> list[Result]:
+        return self.of(bounded(self.preset, self.lrs["bhyt"], bound)) if self.lrs else []
+
+    def unbounded(self) -> list[Result]:
+        return self.of(unbounded(self.preset, self.lrs["bhyt"])) if self.lrs else []
+
+
+def finished(results: Sequence[Result]) -> list[Result]:
+    return [result for result in results if not result["diverged"]]
+
+
+def average(results: Sequence[Result], get: Callable[[dict[str, Any]], Any], index: int = -1) -> Any:
+    """The mean over runs of what `get` finds in one of their measurements: a number, or a list of them."""
+    values = [get(result["measurements"][index]) for result in results]
+    return [mean(column) for column in zip(*values)] if isinstance(values[0], list) else mean(values)
+
+
+def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    """The first column is aligned left, the others right; nothing for no rows."""
+    rules = ["---", *["---:"] * (len(header) - 1)]
+    return ["| " + " | ".join(cells) + " |" for cells in (header, rules, *rows)] if rows else []
+
+
+def number(value: float, digits: int = 3) -> str:
+    """Significant digits, without an exponent where the number is of a readable size."""
+    if not math.isfinite(value):
+        return "-"
+    if value != 0 and not 1e-3 <= abs(value) < 1e6:
+        return f"{value:.{digits - 1}e}"
+    decimals = max(0, digits - 1 - (math.floor(math.log10(abs(value))) if value else 0))
+    return f"{value:,.{decimals}f}"
+
+
+def loss(results: Sequence[Result]) -> str:
+    """Mean and standard deviation of the held-out loss over the seeds that did not diverge, and how many did."""
+    losses = [final_loss(result) for result in finished(results)]
+    text = [f"{mean(losses):.3f}" + (f" ± {stdev(losses):.3f}" if len(losses) > 1 else "")] if losses else []
+    lost = len(results) - len(losses)
+    return ", ".join(text + ([f"{lost} of {len(results)} diverged"] if lost else []))
+
+
+def speed(results: Sequence[Result]) -> str:
+    """Median training tokens per second of the runs."""
+    lasts = [result["train"][-1] for result in results]
+    return f"{median(last['tokens'] / last['seconds'] for last in lasts):,.0f}"
+
+
+# ---- the tables
+
+
+def setup(study: Study) -> list[str]:
+    if not study.results:
+        return []
+    preset, result = study.preset, next(iter(study.results.values()))
+    where, tokens = result["environment"], preset.batch * preset.seq_len
+    sizes = (
+        f"{preset.layers} layers, d = {preset.dim}, {preset.heads} query and {preset.kv_heads} key/value heads, "
+        f"{result['parameters'] / 1e6:.2g} M parameters, T = {preset.seq_len} bytes, {preset.batch} sequences a step; "
+        f"{preset.short * tokens:,} tokens in a short run, {preset.long * tokens:,} in a long one; {preset.dtype}."
+    )
+    commit = f"commit {where['commit']}{' with local changes' if where['dirty'] else ''}, " if where["commit"] else ""
+    machine = f"{where['cpu']}, {where['cores']} cores; torch {where['torch']}; {commit}{where['date'][:10]}."
+    (train, valid), name = result["common"]["text_tokens"], result["common"]["text"]
+    text = f"Text: {name}, {train:,} training and {valid:,} held-out bytes, "
+    return [sizes, text + f"unigram entropy {result['unigram_entropy']:.3f} nats.", machine]
+
+
+def search(study: Study) -> list[str]:
+    """Held-out loss of every norm at every learning rate."""
+    rows = []
+    for norm in NORMS if study.lrs else ():
+        cells = [LABELS[norm]]
+        for lr in study.preset.lrs:
+            value = final_loss(study.results[Job(norm, lr, SEARCH_SEED, study.preset.short)])
+            cell = "diverged" if math.isinf(value) else f"{value:.3f}"
+            cells.append(f"**{cell}**" if lr == study.lrs[norm] else cell)
+        rows.append(cells)
+    return markdown(["held-out loss at learning rate", *(f"{lr:g}" for lr in study.preset.lrs)], rows)
+
+
+def compared(study: Study) -> list[str]:
+    rows = []
+    for norm in NORMS:
+        if not (results := study.compared(norm)):
+            continue
+        good = finished(results)
+        growth = average(good, lambda m: m["variance"][-1] / m["variance"][1]) if good else math.nan
+        gradients = average(good, lambda m: max(m["gradient"]) / min(m["gradient"])) if good else math.nan
+        largest = max((record["largest_gradient"] or math.inf) for result in results for record in result["train"])
+        rows.append([LABELS[norm], f"{study.lrs[norm]:g}", loss(results), speed(results), number(growth),
+                     number(gradients), number(largest), worst_share(good, "saturated"),
+                     worst_share(good, "unforeseen")])
+    return markdown(["norm", "learning rate", "held-out loss", "tokens/s", "variance, last block / first",
+                     "gradient, largest block / smallest", "largest gradient norm", "saturated, worst site",
+                     "beyond lam, worst site"], rows)
+
+
+def worst_share(results: Sequence[Result], kind: str) -> str:
+    """The largest share of such values at any site and seed, at the end; nothing for norms that have no such values."""
+    shares = [site[kind] for result in results for layer in result["measurements"][-1]["sites"]
+              for site in layer if kind in site]
+    return f"{100 * max(shares):.2g} %" if shares else ""
+
+
+def approximation(study: Study) -> list[str]:
+    results, rows = finished(study.compared("bhyt")), []
+    for index in (0, -1) if results else ():
+        for name, label in ESTIMATES.items():
+            pooled = {key: average(results, lambda m: m["approximation"]["pooled"][name][key], index)
+                      for key in ("pearson", "pearson_log", "bias", "error")}
+            worst = average(results, lambda m: min(
+                layer["estimates"][name]["pearson"] for layer in m["approximation"]["layers"]), index)
+            rows.append([str(results[0]["measurements"][index]["step"]), label, f"{pooled['pearson']:.4f}",
+                         f"{pooled['pearson_log']:.4f}", f"{worst:.4f}", f"{pooled['bias']:+.3f}",
+                         f"{pooled['error']:.3f}"])
+    return markdown(["step", "estimate", "r, all layers", "r of logarithms", "r, worst layer",
+                     "mean log(estimate / true)", "root mean square"], rows)
+
+
+def offsets(study: Study) -> list[str]:
+    """How often the offset is refreshed, and 1 / t in place of 1 / T."""
+    cases = {("T, never again" if refresh == NEVER else f"T, every {refresh} steps"): study.compared("bhyt", refresh)
+             for refresh in study.preset.refreshes}
+    cases[f"t, every {REFRESH} steps"] = study.compared(POSITION)
+    rows = []
+    for name, results in cases.items():
+        if good := finished(results):
+            stale = average(good, lambda m: max(abs(layer["staleness"]) for layer in m["approximation"]["layers"]))
+            estimate = "t" if results is cases[f"t, every {REFRESH} steps"] else "T"
+            error = average(good, lambda m: m["approximation"]["pooled"][estimate]["error"])
+            rows.append([name, loss(results), speed(results), f"{stale:.3f}", f"{error:.3f}"])
+    return markdown(["offset", "held-out loss", "tokens/s", "largest abs(log(offset / fresh offset))",
+                     "fresh: root mean square of log(estimate / true)"], rows)
+
+
+def bound(study: Study) -> list[str]:
+    """Frozen lam / kappa in units of 1 / sqrt(L): outputs of the sites, and the stream against LNS's."""
+    layers, scaled = study.preset.layers, finished(study.unbounded())
+    runs = {value: good for value in study.preset.bounds if (good := finished(study.bounded(value)))}
+    if not runs or not scaled:
+        return []
+    rows = []
+    for value, results in [*runs.items(), (None, scaled)]:
+        everyone = scaled if value is None else study.bounded(value)
+        for index in (0, -1):
+            largest = [average(results, lambda m: max(pair[i]["mean_square"] for pair in m["sites"]), index)
+                       for i in (0, 1)]
+            variance, other = (average(some, lambda m: m["variance"][1:], index) for some in (results, scaled))
+            below = f"{sum(a < b for a, b in zip(variance, other))} of {layers}"
+            rows.append([
+                "LNS" if value is None else f"{value:g}", "" if value is None else f"{value / math.sqrt(layers):.3f}",
+                str(results[0]["measurements"][index]["step"]), loss(everyone) if index else "",
+                "" if value is None else number(value**2), *(number(layers * size) for size in largest),
+                number(variance[-1]), "" if value is None else below,
+            ])
+    return markdown(["sqrt(L) lam / kappa", "lam / kappa", "step", "held-out loss", "L mean(y²): bound",
+                     "first sites, largest", "second sites, largest", "variance of the stream, last block",
+                     "blocks with less than LNS"], rows)
+
+
+def lambdas(study: Study) -> list[str]:
+    """Where training takes lam, over blocks and seeds, and what of the bound is left."""
+    rows = []
+    for norm in ("bhyt", "bhyt-exact"):
+        results = finished(study.compared(norm))
+        for i, place in enumerate(("first", "second")) if results else ():
+            start, end = ([pair[i]["lam"] for result in results for pair in result["measurements"][index]["sites"]]
+                          for index in (0, -1))
+            largest = math.sqrt(study.preset.layers) * max(map(abs, end)) / KAPPA
+            rows.append([f"{LABELS[norm]}, {place} site", number(mean(start)), number(mean(end)),
+                         f"{number(min(end))} to {number(max(end))}", number(largest)])
+    return markdown(["lam of", "start", "end, mean", "range", "largest sqrt(L) lam / kappa"], rows)
+
+
+TABLES = {"setup": setup, "search": search, "compared": compared, "approximation": approximation,
+          "offsets": offsets, "bound": bound, "lambdas": lambdas}

@@ -1,0 +1,48 @@
+"""The blocks that the study adds to the example's seven: an offset that knows the position, and a frozen lambda."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+import bhyt
+from jobs import POSITION, Job
+from pretraining.model import Block, ModelConfig
+from pretraining.norms import BLOCKS, KAPPA, BlockBHyT
+
+
+class BlockBHyTPosition(BlockBHyT):
+    """c / T assumes that every token averages T values; the token at position t averages t: the offset times T / t."""
+
+    excess: Tensor  # [T, 1], T / t - 1: what the site's own offset lacks
+
+    def __init__(self, config: ModelConfig, index: int) -> None:
+        super().__init__(config, index)
+        position = torch.arange(1, config.seq_len + 1).unsqueeze(-1)
+        self.register_buffer("excess", config.seq_len / position - 1, persistent=False)
+
+    def enter_mlp(self, branch: Tensor, stream: Tensor, variance: Tensor | None) -> tuple[Tensor, Tensor]:
+        assert variance is not None
+        missing = self.post_attention_layernorm.variance_offset * self.excess[: variance.shape[-2]]
+        return super().enter_mlp(branch, stream, variance + missing)
+
+
+def frozen(bound: float) -> type[Block]:
+    """BHyT with lam / kappa = bound / sqrt(layers) at every site, not learned."""
+
+    class BlockBHyTFrozen(BlockBHyT):
+        def __init__(self, config: ModelConfig, index: int) -> None:
+            super().__init__(config, index)
+            lam = bound * KAPPA / math.sqrt(config.layers)
+            self.input_layernorm = bhyt.BHyT(config.dim, lam=lam, kappa=KAPPA, learnable_lam=False)
+            self.post_attention_layernorm = bhyt.BHyTApprox(config.dim, lam=lam, kappa=KAPPA, learnable_lam=False)
+
+    return BlockBHyTFrozen
+
+
+def block_of(job: Job) -> type[Block]:
+    if job.norm == POSITION:
+        return BlockBHyTPosition
+    return BLOCKS[job.norm] if job.bound is None else frozen(job.bound)

@@ -1,0 +1,367 @@
+"""benchmarks/study in miniature: it trains, goes on, measures what it says, and writes its page."""
+
+import json
+import math
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from statistics import mean, stdev
+
+import numpy as np
+import pytest
+import torch
+
+pytest.importorskip("matplotlib")
+pytest.importorskip("tqdm")
+
+ROOT = Path(__file__).resolve().parent.parent
+STUDY = ROOT / "benchmarks" / "study"
+sys.path[:0] = [str(STUDY), str(ROOT / "benchmarks"), str(ROOT / "examples")]
+
+import figures  # noqa: E402
+import jobs  # noqa: E402
+import measure  # noqa: E402
+import run as study  # noqa: E402
+from jobs import PRESETS, Job  # noqa: E402
+from pretraining.data import VOCAB, load_corpus  # noqa: E402
+from pretraining.model import Decoder, ModelConfig  # noqa: E402
+from pretraining.norms import BLOCKS  # noqa: E402
+from pretraining.train import Run  # noqa: E402
+from variants import block_of, frozen  # noqa: E402
+
+SMOKE = PRESETS["smoke"]
+TINY = ModelConfig(vocab=VOCAB, layers=3, dim=32, heads=4, kv_heads=2, seq_len=16)
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("text") / "text.txt"
+    path.write_text("".join(f"{i} squared is {i * i}, and cubed {i**3}.\n" for i in range(1500)))
+    return path
+
+
+def run_study(text: Path, out: Path) -> None:
+    command = [sys.executable, STUDY / "run.py", "--preset", "smoke", "--text", text, "--out", out, "--processes", "2"]
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "learning rates: 100%" in done.stderr and "experiments: 100%" in done.stderr
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory, text) -> Path:
+    out = tmp_path_factory.mktemp("study")
+    run_study(text, out)
+    return out
+
+
+def strict_json(path: Path) -> dict:
+    def refuse(constant: str) -> None:
+        raise ValueError(f"{path}: {constant} is not JSON")
+
+    return json.loads(path.read_text(), parse_constant=refuse)
+
+
+# ---- run.py
+
+
+def test_every_run_has_a_complete_file(results):
+    """7 norms x 2 rates; then 7 x 2 seeds, 1/t, two refreshes, two bounds and LNS: 40 runs, equal tokens for equals."""
+    records = [strict_json(path) for path in results.iterdir()]
+    assert len(records) == 7 * 2 + 7 * 2 + 2 + 2 * 2 + 2 * 2 + 2
+    for record in records:
+        job, steps = record["job"], [m["step"] for m in record["measurements"]]
+        assert steps == ([0, 2] if job["steps"] == SMOKE.short else [0, 2, 4]) and not record["diverged"]
+        assert record["train"][-1]["tokens"] == job["steps"] * SMOKE.batch * SMOKE.seq_len
+        seconds = [m["seconds"] for m in record["measurements"]]
+        assert seconds == sorted(seconds) and seconds[0] == 0 < seconds[-1]
+        for m in record["measurements"]:
+            assert len(m["magnitude"]) == len(m["variance"]) == SMOKE.layers + 1
+            assert len(m["gradient"]) == len(m["sites"]) == SMOKE.layers and min(m["gradient"]) > 0
+            assert ("approximation" in m) == (job["norm"] in ("bhyt", "bhyt-position"))
+            assert ("saturated" in m["sites"][0][0]) == (job["norm"] == "dyt" or "bhyt" in job["norm"])
+    shared = {json.dumps(record["measurements"][0]["variance"]) for record in records
+              if record["job"]["norm"] == "rmsnorm" and record["job"]["seed"] == 1}
+    assert len(shared) == 1  # a seed is an initialisation
+
+
+def test_goes_on_where_it_was_interrupted(results, text, tmp_path):
+    """What has its file is left alone, bytes and all; what has none, or an unfinished one, has its old numbers."""
+    out = tmp_path / "copy"
+    shutil.copytree(results, out)
+    before = {path.name: path.read_text() for path in out.iterdir()}
+    gone = [next(out.glob("dyt-lr0.001-seed0*")), next(out.glob("bhyt-position-*seed2*"))]
+    for path in gone:
+        path.rename(path.with_suffix(".tmp"))
+        path.with_suffix(".tmp").write_text('{"job": ')
+    run_study(text, out)
+    after = {path.name: path.read_text() for path in out.iterdir()}
+    assert after.keys() == before.keys()
+    assert {name for name in after if after[name] != before[name]} <= {path.name for path in gone}
+    for path in gone:
+        old, new = json.loads(before[path.name]), json.loads(after[path.name])
+        for record in (old, new):
+            del record["environment"]
+            for timed in (*record["train"], *record["measurements"]):
+                del timed["seconds"]
+        assert old == new
+
+
+def test_divergence_is_a_result(text):
+    """A loss that stops being a number ends a run early, and one that ends far above its best counts too."""
+    corpus = load_corpus([text], SMOKE.seq_len)
+    steps = []
+    result = study.train(Job("rmsnorm", 1e30, 1, 4), SMOKE, corpus, lambda: steps.append(1))
+    assert result["diverged"] and len(steps) == result["train"][-1]["step"] < 4
+    assert result["train"][-1]["loss"] is None and math.isinf(jobs.final_loss(result))
+    result = study.train(Job("rmsnorm", 10.0, 1, 20), SMOKE, corpus, lambda: None)
+    assert result["measurements"][-1]["loss"] > 0.5 + min(record["loss"] for record in result["train"])
+    assert result["diverged"]
+
+
+def test_the_best_rate_is_not_a_diverged_one():
+    results = {
+        job: {"diverged": job.lr > 0.005, "measurements": [{"loss": 3 - job.lr}]} for job in jobs.searches(SMOKE)
+    }
+    assert set(jobs.best_lrs(SMOKE, results).values()) == {1e-3}
+
+
+# ---- variants
+
+
+def test_position_offset():
+    """The second site's variance is v + c lam^2 / kappa^2 T / t: float64, from the weights."""
+    config = TINY
+    block = block_of(Job("bhyt-position", 1e-3, 1, 1))(config, 1)
+    block.refresh()
+    branch, stream = torch.randn(2, 12, 32), torch.randn(2, 12, 32)
+    variance = stream.square().mean(-1, keepdim=True)
+    y, total = block.enter_mlp(branch, stream, variance)
+
+    per_head = block.self_attn.v_proj.weight.double().view(2, 8, 32)
+    out = block.self_attn.o_proj.weight.double().view(32, 2, 2, 8).sum(2)  # a group's two query heads share one value
+    product = torch.einsum("dkh,khe->de", out, per_head)
+    offset = product.square().sum() / 32 / torch.arange(1, 13).double().unsqueeze(-1) * 0.2**2
+    x = (branch + stream).double()
+    expected = torch.tanh(0.1 * x / (variance.double() + offset + 1e-6).sqrt())
+    torch.testing.assert_close(y.double(), expected, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(total, branch + stream)
+
+
+@pytest.mark.parametrize("bound", [0.5, 1.0, 4.0])
+def test_frozen_bound(bound):
+    """lam / kappa = bound / sqrt(L), no parameter; and an exact site obeys mean(y^2) <= (lam / kappa)^2."""
+    model = Decoder(TINY, frozen(bound))
+    assert not [name for name, _ in model.named_parameters() if name.endswith("lam")]
+    for visit in measure.walk(model, torch.randint(VOCAB, (4, 16))):
+        for site in (visit.block.input_layernorm, visit.block.post_attention_layernorm):
+            assert site.lam.item() / site.kappa == pytest.approx(bound / math.sqrt(3), rel=1e-6)
+        assert 0 < measure.sites(visit)[0]["mean_square"] <= bound**2 / 3
+
+
+# ---- measure.py
+
+
+@pytest.mark.parametrize("norm", BLOCKS)
+def test_walk_is_the_forward_pass(norm):
+    model, tokens = Decoder(TINY, BLOCKS[norm]), torch.randint(VOCAB, (2, 16))
+    *_, last = measure.walk(model, tokens)
+    with torch.no_grad():
+        stream = last.entered + last.block.leave_mlp(last.block.mlp(last.mlp_input))
+        torch.testing.assert_close(model.lm_head(model.norm(stream)), model(tokens))
+    torch.testing.assert_close(last.entered, last.stream + last.branch)
+
+
+def test_independent_values_under_uniform_attention():
+    """Where the assumptions hold (distinct random tokens, equal weights, small lam) the attention's variance is
+    offset * T / t at every position; and the estimate from the weights is that of the position."""
+    config = ModelConfig(vocab=4096, layers=1, dim=64, heads=4, kv_heads=2, seq_len=32)
+    model = Decoder(config, BLOCKS["bhyt"])
+    with torch.no_grad():
+        model.embed_tokens.weight.mul_(50)  # variance 1: eps is nothing
+        model.layers[0].input_layernorm.lam.fill_(0.1)
+        model.layers[0].self_attn.q_proj.weight.zero_()
+    tokens = torch.stack([torch.randperm(4096)[:32] for _ in range(200)])
+    (visit,) = measure.walk(model, tokens)
+    weights = measure.attention_weights(visit)
+    uniform = torch.ones(32, 32).tril() / torch.arange(1, 33).unsqueeze(-1)
+    torch.testing.assert_close(weights, uniform.expand_as(weights))
+
+    truth, estimates = measure.variances(visit, weights)
+    torch.testing.assert_close(estimates["weights"], estimates["t"])
+    branch = visit.branch.double().square().mean((0, 2))  # [T]; 200 rows of 64 values: about 2 % of noise
+    position = torch.arange(1, 33)
+    added = (estimates["t"] - estimates["none"])[0]
+    torch.testing.assert_close(branch, added, rtol=0.1, atol=0)
+    torch.testing.assert_close(estimates["T"] - estimates["none"], (added * position / 32).expand_as(truth))
+    torch.testing.assert_close(truth, (visit.stream + visit.branch).double().square().mean(-1))
+    (record,) = measure.approximation([visit])["layers"]
+    first = record["terms"]
+    x, o = visit.stream.double()[:, 1:3], visit.branch.double()[:, 1:3]
+    assert first["cross"][1] == pytest.approx((2 * x * o).mean().item(), rel=1e-6)
+    assert first["branch"][0] / first["offset"] == pytest.approx(32, rel=0.1)
+    assert record["sink"] == pytest.approx(sum(1 / t for t in range(2, 33)) / 31, rel=1e-5)
+    assert record["staleness"] == pytest.approx(math.log((2.0 / 0.1) ** 2), rel=1e-5)  # lam was 2 at the last refresh
+
+
+def test_attention_weights_give_the_attention():
+    """With the weights, values and W_O the branch comes out as the fused attention gives it."""
+    model = Decoder(TINY, BLOCKS["bhyt"])
+    with torch.no_grad():
+        for layer in model.layers:
+            layer.self_attn.q_proj.weight.mul_(30)  # far from uniform
+    visit = list(measure.walk(model, torch.randint(VOCAB, (2, 16))))[1]
+    attention, weights = visit.block.self_attn, measure.attention_weights(visit)
+    assert weights.square().sum(-1).mean() > 0.3
+    values = attention.v_proj(visit.attention_input).view(2, 16, 2, 8).transpose(1, 2).repeat_interleave(2, dim=1)
+    mixed = (weights @ values).transpose(1, 2).reshape(2, 16, 32)
+    torch.testing.assert_close(attention.o_proj(mixed), visit.branch, rtol=1e-4, atol=1e-5)
+
+
+def test_agreement():
+    truth = torch.rand(7, 5, dtype=torch.float64) + 0.5
+    noisy = truth * torch.linspace(1, 2, 5, dtype=torch.float64)
+    record, error = measure.agreement(noisy, truth), np.log(np.linspace(1, 2, 5))
+    r = np.corrcoef(noisy.flatten(), truth.flatten())[0, 1]
+    assert record["pearson"] == pytest.approx(r)
+    assert record["pearson_log"] == pytest.approx(np.corrcoef(noisy.log().flatten(), truth.log().flatten())[0, 1])
+    assert record["bias"] == pytest.approx(error.mean()) and record["error"] == pytest.approx((error**2).mean() ** 0.5)
+    assert record["bias_by_position"] == pytest.approx([error[0], error[1:3].mean(), error[3:].mean()])
+    shifted = measure.agreement(truth + 3, truth)
+    assert shifted["pearson"] == pytest.approx(1) and shifted["bias"] > 1  # r does not see an offset
+
+
+def share(condition: torch.Tensor) -> object:
+    """Of 2048 values; the tolerance is four that lie on the edge in float32."""
+    return pytest.approx(condition.double().mean().item(), abs=2e-3)
+
+
+@pytest.mark.parametrize("norm", ["bhyt", "bhyt-exact", "dyt"])
+def test_sites(norm):
+    """Against the argument of tanh in float64: |tanh| > 0.9, and for BHyT |argument| > lam, with kappa 1 so that there
+    are such values among so few channels."""
+    model = Decoder(TINY, BLOCKS[norm])
+    with torch.no_grad():
+        for layer in model.layers:
+            for site in (layer.input_layernorm, layer.post_attention_layernorm):
+                site.weight.normal_()
+                if norm == "dyt":
+                    site.bias.normal_()
+                    site.alpha.fill_(0.3)
+                else:
+                    site.lam.fill_(1.5)
+                    site.kappa = 1.0
+        model.embed_tokens.weight.mul_(50)
+    model.refresh()
+    for visit in measure.walk(model, torch.randint(VOCAB, (4, 16))):
+        first, second = measure.sites(visit)
+        before, entered = visit.stream.double(), visit.entered.double()
+        if norm == "dyt":
+            arguments = 0.3 * before, 0.3 * entered
+        else:
+            v = before.square().mean(-1, keepdim=True)
+            v2 = entered.square().mean(-1, keepdim=True)
+            if norm == "bhyt":
+                v2 = v + visit.block.post_attention_layernorm.variance_offset.double()
+            arguments = 1.5 * before / (v + 1e-6).sqrt(), 1.5 * entered / (v2 + 1e-6).sqrt()
+        for record, z, y in zip((first, second), arguments, (visit.attention_input, visit.mlp_input), strict=True):
+            assert 0.1 < record["saturated"] < 0.95 and record["saturated"] == share(z.tanh().abs() > 0.9)
+            assert record["mean_square"] == pytest.approx(y.double().square().mean().item(), rel=1e-4)
+            if norm != "dyt":
+                assert record["lam"] == 1.5
+                assert 0.1 < record["unforeseen"] < 0.95 and record["unforeseen"] == share(z.abs() > 1.5)
+
+
+def test_measuring_leaves_the_run_alone(text, tmp_path):
+    """Two trainings, one measured after every step, end in the same bits; and the gradient norms are autograd's."""
+    corpus, job = load_corpus([text], SMOKE.seq_len), Job("bhyt", 1e-2, 1, 4)
+    config, model = study.train_config(job, SMOKE), study.model_config(SMOKE)
+    runs = [Run(job.norm, model, config, corpus, tmp_path, block_of(job)) for _ in range(2)]
+    for one in runs:
+        for _ in range(3):
+            one.train_step()
+            one.step += 1
+            record = measure.measure(one) if one is runs[1] else None
+    for a, b in zip(runs[0].model.state_dict().values(), runs[1].model.state_dict().values(), strict=True):
+        assert torch.equal(a, b)
+    assert not list(tmp_path.iterdir())
+
+    layer = runs[1].model.layers[1]
+    loss = runs[1].loss(*corpus.validation(8, SMOKE.seq_len))
+    gradients = torch.autograd.grad(loss, list(layer.parameters()))
+    expected = sum(gradient.double().square().sum() for gradient in gradients).sqrt().item()
+    assert record["gradient"][1] == pytest.approx(expected, rel=1e-5)
+
+
+# ---- figures.py
+
+
+def page_of(tmp_path: Path) -> Path:
+    """The page of the repository, without what was measured."""
+    page = (ROOT / "docs" / "study.md").read_text()
+    empty = figures.MARKED.sub(lambda match: match[1] + match[3], page)
+    assert {match["name"] for match in figures.MARKED.finditer(page)} == {*figures.TABLES, *figures.FIGURES}
+    (tmp_path / "study.md").write_text(empty)
+    return tmp_path / "study.md"
+
+
+def write_page(page: Path, results: Path) -> str:
+    assert figures.main(["--preset", "smoke", "--results", str(results), "--page", str(page)]) == 0
+    return page.read_text()
+
+
+def test_page(results, tmp_path, monkeypatch):
+    """Every marked place is filled, with what the files hold; the words between stay; a second time changes nothing."""
+    page = page_of(tmp_path)
+    empty = page.read_text()
+    full = write_page(page, results)
+    assert figures.MARKED.sub(lambda match: match[1] + match[3], full) == empty
+    assert all(match[0].count("\n") > 2 for match in figures.MARKED.finditer(full))
+    pictures = sorted((tmp_path / "figures").iterdir())
+    assert len(pictures) == len(figures.FIGURES)
+    assert all(path.read_bytes().startswith(b"\x89PNG") and f"(figures/{path.name})" in full for path in pictures)
+
+    records = [strict_json(path) for path in results.iterdir()]
+    search = [r for r in records if r["job"]["norm"] == "dyt" and r["job"]["seed"] == 0]
+    by_rate = {r["job"]["lr"]: r["measurements"][-1]["loss"] for r in search}
+    best = min(by_rate, key=by_rate.get)
+    cells = [f"**{by_rate[lr]:.3f}**" if lr == best else f"{by_rate[lr]:.3f}" for lr in (1e-3, 1e-2)]
+    assert f"| DyT | {cells[0]} | {cells[1]} |" in full
+    losses = [r["measurements"][-1]["loss"] for r in records if r["job"]["norm"] == "dyt" and r["job"]["seed"] > 0]
+    assert len(losses) == 2 and f"| DyT | {best:g} | {mean(losses):.3f} ± {stdev(losses):.3f} |" in full
+
+    monkeypatch.setattr(figures, "save", lambda figure, path: figure is not None)  # slow, and drawn once
+    assert write_page(page, results) == full
+
+
+def test_page_of_an_unfinished_study(results, tmp_path, monkeypatch):
+    """Only what has all of its runs is shown: here the search, and no comparison."""
+    monkeypatch.setattr(figures, "save", lambda figure, path: figure is not None)
+    part = tmp_path / "part"
+    part.mkdir()
+    for path in results.glob("*-seed0-*.json"):
+        shutil.copy(path, part)
+    full = write_page(page_of(tmp_path), part)
+    filled = {match["name"] for match in figures.MARKED.finditer(full) if match[0].count("\n") > 2}
+    assert filled == {"setup", "search", "search-figure"}
+    next(part.iterdir()).unlink()
+    full = write_page(page_of(tmp_path), part)
+    assert {m["name"] for m in figures.MARKED.finditer(full) if m[0].count("\n") > 2} == {"setup"}
+
+
+@pytest.mark.parametrize("words", ["<!-- study:gone -->\n<!-- /study:gone -->\n", "<!-- study:setup -->\n"])
+def test_page_refuses_unknown_and_unpaired(results, tmp_path, words):
+    page = tmp_path / "study.md"
+    page.write_text(words)
+    with pytest.raises(SystemExit, match="study:"):
+        figures.main(["--preset", "smoke", "--results", str(results), "--page", str(page)])
+    assert page.read_text() == words
+
+
+def test_results_of_two_texts_do_not_mix(results, tmp_path):
+    one, other = list(results.iterdir())[:2]
+    record = json.loads(other.read_text())
+    record["common"]["text"] = "another"
+    (tmp_path / "other.json").write_text(json.dumps(record))
+    with pytest.raises(SystemExit, match="different presets or texts"):
+        jobs.read_results([one, tmp_path / "other.json"])
