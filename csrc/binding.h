@@ -25,7 +25,15 @@ inline DType dtype_of(const Tensor& t) {
   }
 }
 
-inline Values values_of(const Tensor& t) { return {t.const_data_ptr(), dtype_of(t)}; }
+// Null only where there is nothing to read.
+inline const void* data_of(const Tensor& t) {
+  const void* data = t.const_data_ptr();
+  TORCH_CHECK_VALUE(data != nullptr || t.numel() == 0, "bhyt: expected tensors with data, got one of shape ", t.sizes(),
+                    " whose storage has been freed");
+  return data;
+}
+
+inline Values values_of(const Tensor& t) { return {data_of(t), dtype_of(t)}; }
 
 // The distance between rows when the leading dimensions of t step evenly and its last is dense; else -1.
 inline int64_t even_row_stride(const Tensor& t) {
@@ -50,14 +58,16 @@ inline int64_t even_row_stride(const Tensor& t) {
 class RowViews {
  public:
   Rows operator()(const Tensor& t) {
-    if (t.numel() == 0) return {t.const_data_ptr(), 0};
-    if (t.is_contiguous()) return {t.const_data_ptr(), t.size(-1)};
-    if (const int64_t stride = even_row_stride(t); stride >= 0) return {t.const_data_ptr(), stride};
+    const void* data = data_of(t);
+    if (t.numel() == 0) return {data, 0};
+    if (t.is_contiguous()) return {data, t.size(-1)};
+    if (const int64_t stride = even_row_stride(t); stride >= 0) return {data, stride};
     return {dense(t), t.size(-1)};
   }
 
   const void* dense(const Tensor& t) {
-    if (t.is_contiguous()) return t.const_data_ptr();
+    const void* data = data_of(t);
+    if (t.is_contiguous()) return data;
     return (kept_[count_++] = t.contiguous()).const_data_ptr();
   }
 

@@ -194,3 +194,14 @@ def test_not_tensors(form: str) -> None:
     for name, value in (("x", [1.0, 2.0]), ("lam", "two"), ("weight", 1.0)):
         with pytest.raises((TypeError, RuntimeError), match=f"'?{name}'?"):
             replace(call, **{name: value}).run()
+
+
+@pytest.mark.parametrize("name", ("x", "residual", "variance", "weight", "lam", "offset"))
+def test_freed_storage(name: str, device: str) -> None:
+    """A tensor whose storage was freed, as sharding libraries do, is an error and no crash."""
+    for form in FORMS:
+        call = make_call(form, SHAPE, device=device)
+        if getattr(call, name) is not None:
+            getattr(call, name).untyped_storage().resize_(0)
+            with pytest.raises(ValueError, match="storage has been freed"):
+                call.run()
