@@ -134,7 +134,33 @@ def compiled(result: Result) -> list[str]:
     return [caption(result), "", *markdown(header, cells)]
 
 
-RENDERERS: dict[str, Callable[[Result], list[str]]] = {"cpu": cpu, "overhead": overhead, "compile": compiled}
+def model(result: Result) -> list[str]:
+    """Tokens/s of whole models relative to RMSNorm's, one table per preset, the paper's ratios beside."""
+    baseline, paper = result["baseline"], result["paper"]
+    device = f"{result['environment']['device']}; " if "device" in result["environment"] else ""
+    lines = [device + caption(result)]
+    for name, preset in result["presets"].items():
+        problems = [p for p in result["problems"] if p["preset"] == name]
+        present = {provider: None for p in problems for provider in p["providers"]}  # in order, once each
+        speeds = [{each: t["tokens_per_s"] for each, t in p["providers"].items()} for p in problems]
+        cells = [[f"{baseline}, tokens/s", *(number(own[baseline]) for own in speeds), *["-"] * len(paper)]]
+        for provider in present:
+            ratios = [f"{own[provider] / own[baseline]:.3f}" if provider in own else "-" for own in speeds]
+            theirs = {task: {baseline: 1.0, **ratio} for task, ratio in paper.items()}
+            published = [f"{theirs[task][provider]:.3f}" if provider in theirs[task] else "-" for task in paper]
+            cells.append([provider, *ratios, *published])
+        shape = "{num_hidden_layers} layers, d = {hidden_size}".format(**preset["config"])
+        work = f"training on {preset['batch']} x {preset['length']} tokens, decoding {preset['steps']} behind"
+        lines += ["", f"**{name}**: {shape}; {work} {preset['prompt']}:", ""]
+        titles = [f"{p['task']} {p['mode']} {p['dtype']}" for p in problems]
+        lines += markdown([f"over {baseline}", *titles, *(f"paper: {task}" for task in paper)], cells)
+    absent = [f"{provider} ({reason})" for provider, reason in result["absent"].items()]
+    return [*lines, "", result["paper_note"] + (f" Not measured: {'; '.join(absent)}." if absent else "")]
+
+
+RENDERERS: dict[str, Callable[[Result], list[str]]] = {
+    "cpu": cpu, "overhead": overhead, "compile": compiled, "model": model,
+}  # fmt: skip
 
 
 def newest(name: str, results: Path) -> Optional[Result]:

@@ -83,6 +83,10 @@ stage racecheck 60 bash -c "sanitize racecheck"
 stage benchmarks 240 "$PYTHON" benchmarks/bench_cuda.py --out "$OUT/cuda.json"
 stage compile 60 "$PYTHON" benchmarks/bench_compile.py --device cuda --dtypes bf16 --dim 2048 --heads 16 --kv-heads 4 \
   --length 2048 --seconds 5 --out "$OUT/compile.json"
+# Compiling nine models of 16 layers takes longer than all of this: by hand, without --modes.
+"$PYTHON" -c 'import transformers' 2> /dev/null &&
+  stage model 90 "$PYTHON" benchmarks/bench_model.py --device cuda --preset 374m --modes eager --seconds 15 \
+    --out "$OUT/model.json"
 
 "$PYTHON" - "$OUT" << 'PY'
 import json, subprocess, sys

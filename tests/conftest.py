@@ -1,14 +1,9 @@
 """Fixtures: the device, a fixed seed, and a number of threads that is put back. See README.md."""
 
-import shutil
-import subprocess
-from pathlib import Path
 from typing import Iterator
 
 import pytest
 import torch
-
-import bhyt
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -42,18 +37,3 @@ def threads() -> Iterator[None]:
     before = torch.get_num_threads()
     yield
     torch.set_num_threads(before)
-
-
-@pytest.fixture(scope="session")
-def programs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """examples/cpp, built in the folder `build-cpp` against the installed op library, as docs/deploy.md does it."""
-    if not shutil.which("cmake"):
-        pytest.skip("no cmake")
-    folder = tmp_path_factory.mktemp("cpp")
-    (folder / "examples").symlink_to(Path(__file__).parent.parent / "examples")
-    configure = ["cmake", "-S", "examples/cpp", "-B", "build-cpp"]
-    configure += [f"-DCMAKE_PREFIX_PATH={torch.utils.cmake_prefix_path}", f"-DBHYT_OPS={bhyt.library_path()}"]
-    for command in (configure, ["cmake", "--build", "build-cpp", "--parallel", "2"]):
-        run = subprocess.run(command, cwd=folder, capture_output=True, text=True)
-        assert run.returncode == 0, run.stdout + run.stderr
-    return folder / "build-cpp"

@@ -2,6 +2,9 @@
 docs/deploy.md."""
 
 import io
+import os
+import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -116,6 +119,21 @@ def test_freezing_keeps_the_offset() -> None:
 # ---- C++
 
 
+@pytest.fixture(scope="session")
+def programs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """examples/cpp, built in the folder `build-cpp` against the installed op library, as docs/deploy.md does it."""
+    if not shutil.which("cmake"):
+        pytest.skip("no cmake")
+    folder = tmp_path_factory.mktemp("cpp")
+    (folder / "examples").symlink_to(ROOT / "examples")
+    configure = ["cmake", "-S", "examples/cpp", "-B", "build-cpp"]
+    configure += [f"-DCMAKE_PREFIX_PATH={torch.utils.cmake_prefix_path}", f"-DBHYT_OPS={bhyt.library_path()}"]
+    for command in (configure, ["cmake", "--build", "build-cpp", "--parallel", "2"]):
+        run = subprocess.run(command, cwd=folder, capture_output=True, text=True)
+        assert run.returncode == 0, run.stdout + run.stderr
+    return folder / "build-cpp"
+
+
 def run_program(program: Path, *arguments: Path) -> None:
     run = subprocess.run([str(program), *map(str, arguments)], capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
@@ -221,3 +239,29 @@ def test_export_keeps_the_ops() -> None:
     plain = program.run_decompositions(bhyt.decompositions())
     assert not ours(plain)
     assert_package_results(plain.module()(tokens()).detach(), tokens())
+
+
+# ---- docs/deploy.md
+
+BLOCK = re.compile(r"^```(python|bash)( \S+)?\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+
+
+@pytest.mark.slow
+def test_deploy_page(programs: Path) -> None:
+    """Every route of the page, where its C++ build stands; a block with a file name is written. USERS rows 22, 23."""
+    pytest.importorskip("onnxscript")
+    pytest.importorskip("onnxruntime")
+    blocks = BLOCK.findall((ROOT / "docs" / "deploy.md").read_text())
+    assert len(blocks) >= 10, "the page has lost its blocks"
+    folder = programs.parent
+    # `python` in the page is this one; from here bhyt is the package under test, not the checkout.
+    path = os.pathsep.join((str(Path(sys.executable).parent), os.environ["PATH"]))
+    for language, name, code in blocks:
+        if name:
+            (folder / name.strip()).write_text(code)
+            continue
+        command = [sys.executable, "-c", code] if language == "python" else ["bash", "-euo", "pipefail", "-c", code]
+        run = subprocess.run(
+            command, cwd=folder, capture_output=True, text=True, env=dict(os.environ, PATH=path)
+        )
+        assert run.returncode == 0, f"{code}\n{run.stdout}\n{run.stderr}"

@@ -1,36 +1,9 @@
-"""The documents: blocks of docs/deploy.md, run as they stand; tests named in docs/users.md."""
+"""docs/users.md names tests that exist. The blocks of docs/deploy.md are run by test_deploy.py."""
 
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
-import pytest
-
 ROOT = Path(__file__).parent.parent
-BLOCK = re.compile(r"^```(python|bash)( \S+)?\n(.*?)^```$", re.MULTILINE | re.DOTALL)
-
-
-@pytest.mark.slow
-def test_deploy_page(programs: Path) -> None:
-    """Every route of the page, where its C++ build stands; a block with a file name is written. USERS rows 22, 23."""
-    pytest.importorskip("onnxscript")
-    pytest.importorskip("onnxruntime")
-    blocks = BLOCK.findall((ROOT / "docs" / "deploy.md").read_text())
-    assert len(blocks) >= 10, "the page has lost its blocks"
-    folder = programs.parent
-    # `python` in the page is this one; from here bhyt is the package under test, not the checkout.
-    path = os.pathsep.join((str(Path(sys.executable).parent), os.environ["PATH"]))
-    for language, name, code in blocks:
-        if name:
-            (folder / name.strip()).write_text(code)
-            continue
-        command = [sys.executable, "-c", code] if language == "python" else ["bash", "-euo", "pipefail", "-c", code]
-        run = subprocess.run(
-            command, cwd=folder, capture_output=True, text=True, env=dict(os.environ, PATH=path)
-        )
-        assert run.returncode == 0, f"{code}\n{run.stdout}\n{run.stderr}"
 
 
 def test_users_page() -> None:
