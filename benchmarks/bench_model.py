@@ -11,6 +11,7 @@ Providers (models.py)   variants of one model of `transformers`, with the same m
     BHyT exact, BHyT    `bhyt.hf.convert`: the residual add behind the attention fused into the second site
     BHyT, swapped modules          the same sites and the variance handed on, every residual add an op of its own
     BHyT, gain folded   decoding only
+    BHyT, formulas      compiled only, under `bhyt.decompose_when_compiling("all")`
 Tasks
     train     forward, loss and backward of one fixed batch: gradients of all parameters, no optimiser
     decode    greedy steps one token at a time, batch 1, behind a prompt in a static cache; the prompt is not timed
@@ -22,7 +23,8 @@ compiled forward is one graph for the whole model; on a GPU, when decoding, repl
 import argparse
 from dataclasses import asdict
 from math import isfinite
-from typing import Any, Mapping
+from types import FunctionType, MethodType
+from typing import Any, Callable, Mapping
 
 import common
 import models
@@ -30,6 +32,8 @@ import torch
 import transformers
 from bench_compile import synchronised
 from torch import Tensor, nn
+
+import bhyt
 
 TASKS, MODES = ("train", "decode"), ("eager", "compiled")
 
@@ -45,13 +49,30 @@ PAPER_NOTE = (
 )
 
 
+def compile_alone(method: Callable[..., Any], **options: Any) -> Callable[..., Any]:
+    """torch.compile of a bound method, with a code object of its own: what was compiled for one is tried in turn."""
+    function = method.__func__
+    twin = FunctionType(function.__code__.replace(), function.__globals__, function.__name__, function.__defaults__)
+    return torch.compile(MethodType(twin, method.__self__), fullgraph=True, dynamic=False, **options)
+
+
+def under(setting: str, call: common.Call) -> common.Call:
+    """The call under a setting of `bhyt.decompose_when_compiling`, which holds for the process."""
+
+    def chosen(i: int) -> Any:
+        bhyt.decompose_when_compiling(setting)
+        return call(i)
+
+    return chosen
+
+
 class TrainingStep:
     """Forward, loss and backward; returns the gradients of all parameters."""
 
     def __init__(self, model: nn.Module, tokens: Tensor, compiled: bool) -> None:
         self.model, self.tokens = model, tokens
         self.parameters = tuple(model.parameters())
-        self.run = torch.compile(self.loss, fullgraph=True, dynamic=False) if compiled else self.loss
+        self.run = compile_alone(self.loss) if compiled else self.loss
         self(0)
 
     def loss(self) -> Tensor:
@@ -70,7 +91,7 @@ class Decoding:
         self.run = self.logits
         if compiled:
             mode = "reduce-overhead" if prompt.is_cuda else None
-            self.run = torch.compile(self.logits, fullgraph=True, dynamic=False, mode=mode)
+            self.run = compile_alone(self.logits, mode=mode)
         with torch.no_grad():
             self.first = self.logits(prompt)[:, -1:].argmax(-1)
         self(0)
@@ -94,21 +115,23 @@ def calls_for(
     """What is timed, by provider: warm, and compiled where asked."""
     size = (preset.batch, preset.length) if task == "train" else (1, preset.prompt)
     compiled = mode == "compiled"
-    if compiled:
-        torch._dynamo.reset()
-        # Variants share the function that is compiled, so each counts as a recompilation of it.
-        torch._dynamo.config.recompile_limit = len(variants) + 1
+    torch._dynamo.reset()
     calls: dict[str, common.Call] = {}
     for name, model in variants.items():
-        if task not in models.PROVIDERS[name].tasks:
+        provider = models.PROVIDERS[name]
+        if task not in provider.tasks or mode not in provider.modes:
             continue
         generator = torch.Generator().manual_seed(1)
         tokens = torch.randint(0, model.config.vocab_size, size, generator=generator).to(model.device)
+        bhyt.decompose_when_compiling(provider.decompose)
         if task == "train":
             call: common.Call = TrainingStep(model, tokens, compiled)
         else:
             call = Decoding(model, tokens, preset.steps, compiled)
-        calls[name] = synchronised(call) if tokens.is_cuda else call
+        if tokens.is_cuda:
+            call = synchronised(call)
+        calls[name] = under(provider.decompose, call) if compiled else call
+    bhyt.decompose_when_compiling("none")
     return calls
 
 

@@ -167,6 +167,8 @@ class Provider:
     is_site: Callable[[nn.Module], bool]
     sites: tuple[int, int]  # per layer, and besides
     tasks: tuple[str, ...] = ("train", "decode")
+    modes: tuple[str, ...] = ("eager", "compiled")
+    decompose: str = "none"  # what `bhyt.decompose_when_compiling` is set to
     cuda_module: str = ""  # needs this module, and a GPU
     own_matrices: bool = False  # it changes them
 
@@ -182,6 +184,7 @@ PROVIDERS = {
     "BHyT exact": Provider(_bhyt_exact, _sites("BHyT"), (2, 0)),
     "BHyT, swapped modules": Provider(_bhyt_swapped, _sites("BHyT", "BHyTApprox"), (2, 0)),
     "BHyT": Provider(_bhyt, _sites("BHyT", "BHyTApprox"), (2, 0)),
+    "BHyT, formulas": Provider(_bhyt, _sites("BHyT", "BHyTApprox"), (2, 0), modes=("compiled",), decompose="all"),
     "BHyT, gain folded": Provider(
         _bhyt_folded, _sites("BHyT", "BHyTApprox"), (2, 0), tasks=("decode",), own_matrices=True
     ),
