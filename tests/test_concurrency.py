@@ -6,6 +6,7 @@ import sys
 import textwrap
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Callable, Dict, List
 
 import pytest
@@ -37,9 +38,10 @@ def flat(out: Outputs, grads: Dict[str, Tensor]) -> List[Tensor]:
 
 
 def in_a_process(program: str, timeout: float = 120) -> str:
-    """What `program` prints in a fresh process that has imported torch and bhyt."""
+    """What `program` prints in a fresh process that has imported torch and bhyt (the package under test, wherever
+    pytest was started)."""
     command = [sys.executable, "-c", "import torch, bhyt\n" + textwrap.dedent(program)]
-    run = subprocess.run(command, capture_output=True, text=True, timeout=timeout)
+    run = subprocess.run(command, capture_output=True, text=True, timeout=timeout, cwd=Path(__file__).parent)
     assert run.returncode == 0, f"exit status {run.returncode}:\n{run.stdout}\n{run.stderr}"
     return run.stdout
 

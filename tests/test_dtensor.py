@@ -7,6 +7,7 @@ import copy
 import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 from typing import Dict, Optional, Sequence
 
 import pytest
@@ -239,4 +240,4 @@ def test_import_without_distributed() -> None:
     """`import bhyt` and its sites need nothing of torch.distributed.tensor, and do not load it."""
     blocked = "import sys; sys.modules['torch.distributed.tensor'] = None; "
     run = "import torch, bhyt; bhyt.BHyT(4)(torch.ones(2, 4)).sum().backward()"
-    subprocess.run([sys.executable, "-c", blocked + run], check=True)
+    subprocess.run([sys.executable, "-c", blocked + run], check=True, cwd=Path(__file__).parent)

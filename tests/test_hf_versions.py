@@ -27,6 +27,6 @@ def test_oldest_transformers(tmp_path: Path) -> None:
     )
     run = subprocess.run(
         [sys.executable, "-c", code, "-q", "-m", "not slow", *files],
-        env=os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"}, cwd=TESTS.parent, capture_output=True, text=True,
+        env=os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"}, cwd=TESTS, capture_output=True, text=True,
     )
     assert run.returncode == 0, run.stdout[-4000:] + run.stderr[-2000:]
