@@ -76,7 +76,7 @@ stage build 200 bash -c build
 stage registered 60 bash -c kernels_are_registered
 # -P: the installed package, not the folder that lies here.
 # shellcheck disable=SC2086
-stage tests 150 "$PYTHON" -P -m pytest -q -m "not slow" $parallel tests
+stage tests 150 "$PYTHON" -P -m pytest -q -m "not slow" -k "cuda and not host" $parallel tests
 stage tests_slow 60 "$PYTHON" -P -m pytest -q -m slow -k "cuda and not host" tests
 stage memcheck 60 bash -c "sanitize memcheck"
 stage racecheck 60 bash -c "sanitize racecheck"
