@@ -199,6 +199,7 @@ def test_data_loader(start: str) -> None:
 LONG_CALL = """
 import os, signal, threading, time
 torch.set_num_threads(1)
+signal.signal(signal.SIGINT, signal.default_int_handler)  # Python leaves it ignored when started in the background
 
 def long_call(rows):
     # One row, repeated by stride 0: hours of work in no memory.
