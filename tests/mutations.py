@@ -5,7 +5,7 @@
 Each mutant is a copy of the sources with one replacement. CUDA: the programs of tests/cpp are built against it and run.
 CPU: the translation units of one instruction set are compiled anew, linked with the objects of an ordinary build (kept
 in build/mutations) and put under the op-level tests; the kernels as they are go first and must pass. A mutant is caught
-when a test fails, or the build, or it does not end. CUDA: some minutes on two cores; CPU: half an hour.
+when a test fails, or the build; a CUDA one also when it does not end. CUDA: some minutes on two cores; CPU: an hour.
 """
 
 import os
@@ -193,10 +193,7 @@ def cpu_passes(build: Path, units: tuple[str, ...], folder: Path) -> str:
     tier = "avx512" if units == AVX512 else "avx2"
     environment = {**os.environ, "ATEN_CPU_CAPABILITY": tier, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "2"}
     pytest = [sys.executable, "-m", "pytest", "-x", "-q", "--tb=no", "-p", "no:cacheprovider", "-m", "not slow", *TESTS]
-    try:
-        run = subprocess.run(pytest, cwd=folder, env=environment, capture_output=True, text=True, timeout=1800)
-    except subprocess.TimeoutExpired:
-        return "the clock"
+    run = subprocess.run(pytest, cwd=folder, env=environment, capture_output=True, text=True)
     failed = [line for line in run.stdout.splitlines() if line.startswith(("FAILED", "ERROR"))]
     return "" if run.returncode == 0 else failed[0].split(" - ")[0] if failed else f"exit status {run.returncode}"
 

@@ -59,6 +59,7 @@ class Buffer {
   Values values() const { return {data(), dtype_}; }
   double get(int64_t i) const { return cpu::read(values(), i); }
   void set(int64_t i, double x) { cpu::write(x, dtype_, data(), i); }
+  void set_bits(int64_t i) { std::memset(data() + i * size_of(dtype_), 0xff, size_of(dtype_)); }
   std::vector<char> bytes() const { return {block_.get(), block_.get() + bytes_}; }
 
  private:
@@ -128,8 +129,11 @@ class Source {
       for (int64_t j = 0; j < d; ++j) x.buffer.set(row * x.stride + j, value(s));
     if (rows > 0 && d > 0) {
       const double specials[] = {NAN, INFINITY, -INFINITY, -0.0, 0.0};
-      for (int64_t n = in_.below(8); n > 5; --n)
-        x.buffer.set(in_.below(rows) * x.stride + in_.below(d), in_.one_of(specials));
+      for (int64_t n = in_.below(8); n > 5; --n) {
+        const int64_t i = in_.below(rows) * x.stride + in_.below(d);
+        x.buffer.set(i, in_.one_of(specials));
+        if (in_.below(2)) x.buffer.set_bits(i);  // the NaN that a rounding by addition takes past its end
+      }
       if (in_.below(4) == 0)
         for (int64_t row = in_.below(rows), j = 0; j < d; ++j) x.buffer.set(row * x.stride + j, 0);
     }
