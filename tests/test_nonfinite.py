@@ -38,6 +38,19 @@ def test_a_bad_element_stays_in_its_row(form: str, column: int, value: float, de
             assert out.y[2].isnan().all() and out.variance[2].isnan().all()
 
 
+@pytest.mark.parametrize("bits", (0x7FFFFFFF, -1, 0x7F800001, 0x7FC00000), ids=hex)
+@pytest.mark.parametrize("form", ("add_forward", "add_forward_approx"))
+def test_every_nan_of_the_stream(form: str, bits: int, device: str) -> None:
+    """A NaN of a float32 stream is one in a bfloat16 or float16 y, whatever its bits: rounding those of 0x7fffffff as a
+    number would carry into the sign."""
+    for dtype in (torch.bfloat16, torch.float16):
+        call = make_call(form, (3, 77), dtype, device, stream=torch.float32)
+        call.residual.view(torch.int32)[1, 5] = bits
+        out = call.run()
+        assert out.sum[1, 5].isnan() and out.y[1, 5].isnan()
+        assert out.y[0].isfinite().all()
+
+
 @pytest.mark.parametrize("value", (NAN, INF))
 @pytest.mark.parametrize("form", ("forward_approx", "add_forward_approx"))
 def test_a_bad_variance_stays_in_its_row(form: str, value: float, device: str) -> None:
