@@ -42,7 +42,7 @@ BOUNDS = (0.5, 1.0, 2.0, 4.0)
 PRESETS = {
     "smoke": Preset(2, 16, 2, 1, 16, 16, 2, 4, 2, (1e-3, 1e-2), (1, 2), (1, NEVER), (0.5, 2.0), "cpu", "float32"),
     "cpu": Preset(
-        24, 128, 4, 2, 128, 4, 120, 400, 4, LRS, SEEDS, (1, REFRESH, 100, NEVER), BOUNDS, "cpu", "float32"
+        24, 128, 4, 2, 128, 2, 240, 800, 4, LRS, SEEDS, (REFRESH, 100, NEVER), BOUNDS, "cpu", "float32"
     ),
     "gpu": Preset(
         48, 256, 4, 2, 512, 32, 600, 4000, 8, LRS, SEEDS, (1, REFRESH, 100, 1000, NEVER), BOUNDS, "cuda", "bfloat16"
