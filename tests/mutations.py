@@ -4,8 +4,9 @@
 
 Each mutant is a copy of the sources with one replacement. CUDA: the programs of tests/cpp are built against it and run.
 CPU: the translation units of one instruction set are compiled anew, linked with the objects of an ordinary build (kept
-in build/mutations) and put under the op-level tests; the kernels as they are go first and must pass. A mutant is caught
-when a test fails, or the build; a CUDA one also when it does not end. CUDA: some minutes on two cores; CPU: an hour.
+in build/mutations) and put under the op-level tests, then with cpp/fuzz_rows.cpp, which alone reaches instruction sets
+that this CPU surpasses; the kernels as they are go first and must pass. A mutant is caught when a test fails, or the
+build; a CUDA one also when it does not end. CUDA: some minutes on two cores; CPU: an hour.
 """
 
 import os
@@ -117,7 +118,7 @@ CPU_BACKWARD = (
            "const int64_t first = chunk * (chunks.rows_per_chunk - (chunk > 0));", AVX2),
     Mutant("rows-inl.h", "c < count; ++c) total = V::add",
            "c < (count < 256 ? count : 255); ++c) total = V::add", AVX2),
-    Mutant("rows-inl.h", "if (p.grad_x) row.exact_second", "row.exact_second", AVX2),
+    Mutant("rows-inl.h", "if (p.grad_x) row.exact_second", "if (p.grad_weight) row.exact_second", AVX2),
     Mutant("rows-inl.h", "if (unwanted) row.grad_x = unwanted.get();", "", AVX2),
     Mutant("table-inl.h", "for (int64_t c = 0; c < chunks_of(p.rows).count; ++c) total += chunks[c];",
            "for (int64_t c = 0; c < chunks_of(p.rows - 1).count; ++c) total += chunks[c];", AVX2),
@@ -133,6 +134,7 @@ CPU_BACKWARD = (
 )
 
 TESTS = [f"tests/test_{name}.py" for name in ("accuracy", "autograd", "determinism", "layouts", "dtypes", "nonfinite")]
+FUZZ_SECONDS = 20
 # Those of setup.py, but for a quick build.
 FLAGS = ("-std=c++20 -O1 -fPIC -fopenmp -ffp-contract=off -fno-math-errno -fno-trapping-math -fvisibility=hidden -w "
          "-DPy_LIMITED_API=0x030a0000").split()
@@ -165,11 +167,13 @@ def cuda_passes(mutant: Mutant, folder: Path) -> bool:
 
 
 def cpu_objects() -> Path:
-    """An ordinary build of the op library in build/mutations; ninja keeps what has not changed."""
+    """An ordinary build of the op library in build/mutations, and the fuzz target; ninja keeps what has not changed."""
     build = ROOT / "build" / "mutations"
     environment = {**os.environ, "BHYT_CUDA": "0", "BHYT_CXXFLAGS": "-O1"}
     command = ["setup.py", "-q", "build_ext", "--build-temp", str(build), "--build-lib", str(build)]
     subprocess.run([sys.executable, *command], cwd=ROOT, env=environment, check=True, stdout=subprocess.DEVNULL)
+    fuzz = ["g++", *FLAGS, f"-DBHYT_FUZZ_SECONDS={FUZZ_SECONDS}", "-c", "tests/cpp/fuzz_rows.cpp"]
+    subprocess.run([*fuzz, "-o", str(build / "fuzz_rows.o")], cwd=ROOT, check=True)
     return build
 
 
@@ -195,7 +199,13 @@ def cpu_passes(build: Path, units: tuple[str, ...], folder: Path) -> str:
     pytest = [sys.executable, "-m", "pytest", "-x", "-q", "--tb=no", "-p", "no:cacheprovider", "-m", "not slow", *TESTS]
     run = subprocess.run(pytest, cwd=folder, env=environment, capture_output=True, text=True)
     failed = [line for line in run.stdout.splitlines() if line.startswith(("FAILED", "ERROR"))]
-    return "" if run.returncode == 0 else failed[0].split(" - ")[0] if failed else f"exit status {run.returncode}"
+    if run.returncode != 0:
+        return failed[0].split(" - ")[0] if failed else f"exit status {run.returncode}"
+    kernels = [str(built) for name, built in objects.items() if name.name.startswith("kernels")]
+    fuzz = [str(folder / "fuzz")]
+    if not passes(["g++", str(build / "fuzz_rows.o"), *kernels, "-o", *fuzz, "-pthread"]):
+        return "the fuzz target's linker"
+    return "" if passes(fuzz) else "the fuzz target"
 
 
 def copied(folder: Path, build: Path) -> None:

@@ -9,10 +9,11 @@
 #   library                       the op library with AddressSanitizer and UndefinedBehaviorSanitizer under the op-level
 #                                 tests; the interpreter's leaks are not looked at
 #
-# Each program runs for FUZZ_SECONDS (60). All works in build/sanitizers.
+# Each program runs for FUZZ_SECONDS (60), built with FUZZ_CXXFLAGS added last. All works in OUT (build/sanitizers).
+# test_sanitizers.py runs the first for a few seconds.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-out=$PWD/build/sanitizers
+out=${OUT:-$PWD/build/sanitizers}
 seconds=${FUZZ_SECONDS:-60}
 export UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 TSAN_OPTIONS=halt_on_error=1
 
@@ -24,7 +25,7 @@ program() {
   for source in tests/cpp/fuzz_rows.cpp csrc/cpu/kernels*.cpp; do
     objects+=("$out/objects-$name/$(basename "$source" .cpp).o")
     "$compiler" -std=c++20 -O1 -g1 -ffp-contract=off -fno-math-errno -fno-trapping-math -w -Wno-psabi -Icsrc "$@" \
-      -c "$source" -o "${objects[-1]}"
+      ${FUZZ_CXXFLAGS:-} -c "$source" -o "${objects[-1]}"
   done
   "$compiler" "$@" "${objects[@]}" -o "$out/$name" -pthread
 }
@@ -63,7 +64,7 @@ for run in "${@:-address undefined thread fuzz library}"; do
       address | thread) (random_bytes "$name") ;;
       undefined) (random_bytes "$name" -O0) ;;  # its checks take minutes to compile when optimised
       fuzz | library) ("$name") ;;
-      *) sed -n '2,12s/^# \{0,1\}//p' "$0" && exit 2 ;;
+      *) sed -n '2,13s/^# \{0,1\}//p' "$0" && exit 2 ;;
     esac
   done
 done

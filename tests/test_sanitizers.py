@@ -1,0 +1,30 @@
+"""The fuzz target under AddressSanitizer, briefly; sanitizers.sh has the long runs, ROBUSTNESS.md their outcomes."""
+
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+
+TESTS = Path(__file__).parent
+SECONDS = 5
+
+
+def has_address_sanitizer() -> bool:
+    name = "libasan.so"
+    try:
+        found = subprocess.run(["g++", f"-print-file-name={name}"], capture_output=True, text=True).stdout.strip()
+    except FileNotFoundError:
+        return False
+    return found not in ("", name)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not has_address_sanitizer(), reason="no g++ with AddressSanitizer")
+def test_random_calls_of_every_instruction_set(tmp_path: Path) -> None:
+    """Random calls to the rows of each instruction set: within bounds of float64, in the buffers' bounds, no leak."""
+    environment = {**os.environ, "OUT": str(tmp_path), "FUZZ_SECONDS": str(SECONDS), "FUZZ_CXXFLAGS": "-O0"}
+    command = ["bash", str(TESTS / "sanitizers.sh"), "address"]
+    run = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert run.returncode == 0, run.stdout + run.stderr
+    assert int(run.stdout.split()[0]) > 20, run.stdout
