@@ -172,7 +172,7 @@ def cpu_objects() -> Path:
     environment = {**os.environ, "BHYT_CUDA": "0", "BHYT_CXXFLAGS": "-O1"}
     command = ["setup.py", "-q", "build_ext", "--build-temp", str(build), "--build-lib", str(build)]
     subprocess.run([sys.executable, *command], cwd=ROOT, env=environment, check=True, stdout=subprocess.DEVNULL)
-    fuzz = ["g++", *FLAGS, f"-DBHYT_FUZZ_SECONDS={FUZZ_SECONDS}", "-c", "tests/cpp/fuzz_rows.cpp"]
+    fuzz = ["g++", *FLAGS, "-Icsrc", f"-DBHYT_FUZZ_SECONDS={FUZZ_SECONDS}", "-c", "tests/cpp/fuzz_rows.cpp"]
     subprocess.run([*fuzz, "-o", str(build / "fuzz_rows.o")], cwd=ROOT, check=True)
     return build
 

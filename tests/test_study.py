@@ -66,9 +66,9 @@ def strict_json(path: Path) -> dict:
 
 
 def test_every_run_has_a_complete_file(results):
-    """7 norms x 2 rates; then 7 x 2 seeds, 1/t, two refreshes, two bounds and LNS: 40 runs, equal tokens for equals."""
+    """7 norms x 2 rates; then 7 x 2 seeds, 2 variants, 2 refreshes, 2 bounds, LNS: 42 runs, equal tokens for equals."""
     records = [strict_json(path) for path in results.iterdir()]
-    assert len(records) == 7 * 2 + 7 * 2 + 2 + 2 * 2 + 2 * 2 + 2
+    assert len(records) == 7 * 2 + 7 * 2 + 2 * 2 + 2 * 2 + 2 * 2 + 2
     for record in records:
         job, steps = record["job"], [m["step"] for m in record["measurements"]]
         assert steps == ([0, 2] if job["steps"] == SMOKE.short else [0, 2, 4]) and not record["diverged"]
@@ -146,6 +146,13 @@ def test_position_offset():
     expected = torch.tanh(0.1 * x / (variance.double() + offset + 1e-6).sqrt())
     torch.testing.assert_close(y.double(), expected, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(total, branch + stream)
+
+
+def test_first_block_exact():
+    """Two exact sites in the first block, and BHyT behind it."""
+    model = Decoder(TINY, block_of(Job("bhyt-first-exact", 1e-3, 1, 1)))
+    assert [type(block) for block in model.layers] == [BLOCKS["bhyt-exact"], BLOCKS["bhyt"], BLOCKS["bhyt"]]
+    assert [block.index for block in model.layers] == [1, 2, 3]
 
 
 @pytest.mark.parametrize("bound", [0.5, 1.0, 4.0])
@@ -343,7 +350,7 @@ def test_page_of_an_unfinished_study(results, tmp_path, monkeypatch):
         shutil.copy(path, part)
     full = write_page(page_of(tmp_path), part)
     filled = {match["name"] for match in figures.MARKED.finditer(full) if match[0].count("\n") > 2}
-    assert filled == {"setup", "search", "search-figure"}
+    assert filled == {"setup", "search", "search-figure", "search-variance"}
     next(part.iterdir()).unlink()
     full = write_page(page_of(tmp_path), part)
     assert {m["name"] for m in figures.MARKED.finditer(full) if m[0].count("\n") > 2} == {"setup"}

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any, Mapping, Sequence
 
 NORMS = ("bhyt", "bhyt-exact", "rmsnorm", "layernorm", "dyt", "peri-ln", "lns")
-POSITION = "bhyt-position"  # BHyT with 1/t for 1/T, see variants.py
+# Two changes of BHyT, at its learning rate; see variants.py.
+POSITION, FIRST_EXACT = VARIANTS = ("bhyt-position", "bhyt-first-exact")
 SEARCH_SEED = 0  # the learning-rate search has a seed of its own
 REFRESH = 10  # steps between updates of the variance offsets, where nothing else is said
 NEVER = 0  # as a refresh: after the initialisation no more
@@ -101,7 +102,7 @@ def experiments(preset: Preset, lrs: Mapping[str, float]) -> list[Job]:
     """All that follows the search; runs that two experiments share are there once."""
     jobs = [job for norm in NORMS for job in comparison(preset, norm, lrs[norm])]
     lr = lrs["bhyt"]
-    jobs += comparison(preset, POSITION, lr)
+    jobs += [job for variant in VARIANTS for job in comparison(preset, variant, lr)]
     jobs += [job for refresh in preset.refreshes for job in comparison(preset, "bhyt", lr, refresh)]
     jobs += [job for bound in preset.bounds for job in bounded(preset, lr, bound)]
     jobs += unbounded(preset, lr)

@@ -9,13 +9,13 @@ from statistics import mean, median, stdev
 from typing import Any, Callable, Sequence
 
 from jobs import (
-    NEVER, NORMS, POSITION, REFRESH, SEARCH_SEED, Job, Preset, Result, Results, best_lrs, bounded, comparison,
-    final_loss, searches, unbounded,
+    FIRST_EXACT, NEVER, NORMS, POSITION, REFRESH, SEARCH_SEED, VARIANTS, Job, Preset, Result, Results, best_lrs,
+    bounded, comparison, final_loss, searches, unbounded,
 )
 from pretraining.norms import KAPPA
 from pretraining.plot import STYLE
 
-LABELS = {norm: label for norm, (_, _, label) in STYLE.items()}
+LABELS = {norm: label for norm, (_, _, label) in STYLE.items()} | {FIRST_EXACT: "BHyT, first block exact"}
 ESTIMATES = {"none": "v", "T": "v + offset (BHyT)", "t": "v + offset T / t", "weights": "v + offset T Σp²"}
 
 
@@ -35,7 +35,7 @@ class Study:
         return [self.results[job] for job in jobs if job in self.results]
 
     def compared(self, norm: str, refresh: int = REFRESH) -> list[Result]:
-        lr = self.lrs.get("bhyt" if norm == POSITION else norm)
+        lr = self.lrs.get("bhyt" if norm in VARIANTS else norm)
         return self.of(comparison(self.preset, norm, lr, refresh)) if lr else []
 
     def bounded(self, bound: float) -> list[Result]:
@@ -105,22 +105,31 @@ def setup(study: Study) -> list[str]:
     return [sizes, text + f"unigram entropy {result['unigram_entropy']:.3f} nats.", machine]
 
 
-def search(study: Study) -> list[str]:
-    """Held-out loss of every norm at every learning rate."""
+def by_rate(study: Study, what: str, cell: Callable[[Result], str]) -> list[str]:
+    """A row for every norm, a column for every learning rate of the search; the rate that was kept is bold."""
     rows = []
     for norm in NORMS if study.lrs else ():
         cells = [LABELS[norm]]
         for lr in study.preset.lrs:
-            value = final_loss(study.results[Job(norm, lr, SEARCH_SEED, study.preset.short)])
-            cell = "diverged" if math.isinf(value) else f"{value:.3f}"
-            cells.append(f"**{cell}**" if lr == study.lrs[norm] else cell)
+            text = cell(study.results[Job(norm, lr, SEARCH_SEED, study.preset.short)])
+            cells.append(f"**{text}**" if lr == study.lrs[norm] else text)
         rows.append(cells)
-    return markdown(["held-out loss at learning rate", *(f"{lr:g}" for lr in study.preset.lrs)], rows)
+    return markdown([f"{what} at learning rate", *(f"{lr:g}" for lr in study.preset.lrs)], rows)
+
+
+def search(study: Study) -> list[str]:
+    return by_rate(study, "held-out loss", lambda r: "diverged" if r["diverged"] else f"{final_loss(r):.3f}")
+
+
+def search_variance(study: Study) -> list[str]:
+    """The only table that compares norms at equal learning rates."""
+    return by_rate(study, "variance behind the last block",
+                   lambda r: number(r["measurements"][-1]["variance"][-1] or math.nan))
 
 
 def compared(study: Study) -> list[str]:
     rows = []
-    for norm in NORMS:
+    for norm in (*NORMS, FIRST_EXACT):
         if not (results := study.compared(norm)):
             continue
         good = finished(results)
@@ -212,5 +221,5 @@ def lambdas(study: Study) -> list[str]:
     return markdown(["lam of", "start", "end, mean", "range", "largest sqrt(L) lam / kappa"], rows)
 
 
-TABLES = {"setup": setup, "search": search, "compared": compared, "approximation": approximation,
-          "offsets": offsets, "bound": bound, "lambdas": lambdas}
+TABLES = {"setup": setup, "search": search, "search-variance": search_variance, "compared": compared,
+          "approximation": approximation, "offsets": offsets, "bound": bound, "lambdas": lambdas}

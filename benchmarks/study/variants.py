@@ -1,4 +1,5 @@
-"""The blocks that the study adds to the example's seven: an offset that knows the position, and a frozen lambda."""
+"""The blocks that the study adds to the example's seven: BHyT whose offset knows the position, whose first block is
+exact, or whose lambda is frozen."""
 
 from __future__ import annotations
 
@@ -8,9 +9,9 @@ import torch
 from torch import Tensor
 
 import bhyt
-from jobs import POSITION, Job
+from jobs import FIRST_EXACT, POSITION, Job
 from pretraining.model import Block, ModelConfig
-from pretraining.norms import BLOCKS, KAPPA, BlockBHyT
+from pretraining.norms import BLOCKS, KAPPA, BlockBHyT, BlockBHyTExact
 
 
 class BlockBHyTPosition(BlockBHyT):
@@ -29,6 +30,13 @@ class BlockBHyTPosition(BlockBHyT):
         return super().enter_mlp(branch, stream, variance + missing)
 
 
+class BlockBHyTFirstExact(Block):
+    """In the first block the attention adds far more variance than the embeddings have: two exact sites there."""
+
+    def __new__(cls, config: ModelConfig, index: int) -> Block:
+        return (BlockBHyTExact if index == 1 else BlockBHyT)(config, index)
+
+
 def frozen(bound: float) -> type[Block]:
     """BHyT with lam / kappa = bound / sqrt(layers) at every site, not learned."""
 
@@ -45,4 +53,6 @@ def frozen(bound: float) -> type[Block]:
 def block_of(job: Job) -> type[Block]:
     if job.norm == POSITION:
         return BlockBHyTPosition
+    if job.norm == FIRST_EXACT:
+        return BlockBHyTFirstExact
     return BLOCKS[job.norm] if job.bound is None else frozen(job.bound)
