@@ -71,6 +71,10 @@ def number(value: float, digits: int = 3) -> str:
     return f"{value:,.{decimals}f}"
 
 
+def ratio(large: float, small: float) -> float:
+    return large / small if small else math.inf  # a saturated model has gradients of zero
+
+
 def loss(results: Sequence[Result]) -> str:
     """Mean and standard deviation of the held-out loss over the seeds that did not diverge, and how many did."""
     losses = [final_loss(result) for result in finished(results)]
@@ -134,21 +138,22 @@ def compared(study: Study) -> list[str]:
             continue
         good = finished(results)
         growth = average(good, lambda m: m["variance"][-1] / m["variance"][1]) if good else math.nan
-        gradients = average(good, lambda m: max(m["gradient"]) / min(m["gradient"])) if good else math.nan
+        gradients = average(good, lambda m: ratio(max(m["gradient"]), min(m["gradient"]))) if good else math.nan
         largest = max((record["largest_gradient"] or math.inf) for result in results for record in result["train"])
-        rows.append([LABELS[norm], f"{study.lrs[norm]:g}", loss(results), speed(results), number(growth),
-                     number(gradients), number(largest), worst_share(good, "saturated"),
-                     worst_share(good, "unforeseen")])
-    return markdown(["norm", "learning rate", "held-out loss", "tokens/s", "variance, last block / first",
-                     "gradient, largest block / smallest", "largest gradient norm", "saturated, worst site",
-                     "beyond lam, worst site"], rows)
+        last = average(good, lambda m: m["variance"][-1]) if good else math.nan
+        rows.append([LABELS[norm], f"{study.lrs['bhyt' if norm in VARIANTS else norm]:g}", loss(results),
+                     speed(results), number(last), number(growth), number(gradients), number(largest),
+                     worst_share(good, "saturated"), worst_share(good, "unforeseen")])
+    return markdown(["norm", "learning rate", "held-out loss", "tokens/s", "variance, last block",
+                     "variance, last block / first", "gradient, largest block / smallest", "largest gradient norm",
+                     "saturated, worst site", "beyond lam, worst site"], rows)
 
 
 def worst_share(results: Sequence[Result], kind: str) -> str:
     """The largest share of such values at any site and seed, at the end; nothing for norms that have no such values."""
     shares = [site[kind] for result in results for layer in result["measurements"][-1]["sites"]
               for site in layer if kind in site]
-    return f"{100 * max(shares):.2g} %" if shares else ""
+    return f"{number(100 * max(shares), 2)} %" if shares else ""
 
 
 def approximation(study: Study) -> list[str]:
@@ -159,11 +164,14 @@ def approximation(study: Study) -> list[str]:
                       for key in ("pearson", "pearson_log", "bias", "error")}
             worst = average(results, lambda m: min(
                 layer["estimates"][name]["pearson"] for layer in m["approximation"]["layers"]), index)
+            errors = average(results, lambda m: [
+                layer["estimates"][name]["error"] for layer in m["approximation"]["layers"]], index)
             rows.append([str(results[0]["measurements"][index]["step"]), label, f"{pooled['pearson']:.4f}",
                          f"{pooled['pearson_log']:.4f}", f"{worst:.4f}", f"{pooled['bias']:+.3f}",
-                         f"{pooled['error']:.3f}"])
+                         f"{pooled['error']:.3f}", f"{errors[0]:.3f}",
+                         f"{math.sqrt(mean(error**2 for error in errors[1:])):.3f}"])
     return markdown(["step", "estimate", "r, all layers", "r of logarithms", "r, worst layer",
-                     "mean log(estimate / true)", "root mean square"], rows)
+                     "mean log(estimate / true)", "root mean square", "in block 1", "behind it"], rows)
 
 
 def offsets(study: Study) -> list[str]:
