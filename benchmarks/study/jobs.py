@@ -102,10 +102,10 @@ def experiments(preset: Preset, lrs: Mapping[str, float]) -> list[Job]:
     """All that follows the search; runs that two experiments share are there once."""
     jobs = [job for norm in NORMS for job in comparison(preset, norm, lrs[norm])]
     lr = lrs["bhyt"]
-    jobs += [job for variant in VARIANTS for job in comparison(preset, variant, lr)]
-    jobs += [job for refresh in preset.refreshes for job in comparison(preset, "bhyt", lr, refresh)]
     jobs += [job for bound in preset.bounds for job in bounded(preset, lr, bound)]
     jobs += unbounded(preset, lr)
+    jobs += [job for variant in VARIANTS for job in comparison(preset, variant, lr)]
+    jobs += [job for refresh in preset.refreshes for job in comparison(preset, "bhyt", lr, refresh)]
     return list(dict.fromkeys(jobs))
 
 
