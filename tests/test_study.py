@@ -66,9 +66,9 @@ def strict_json(path: Path) -> dict:
 
 
 def test_every_run_has_a_complete_file(results):
-    """7 norms x 2 rates; then 7 x 2 seeds, 2 variants, 2 refreshes, 2 bounds, LNS: 42 runs, equal tokens for equals."""
+    """7 norms x 2 rates; then 7 x 2 seeds, 3 variants, 2 refreshes, 2 bounds, LNS: 44 runs, equal tokens for equals."""
     records = [strict_json(path) for path in results.iterdir()]
-    assert len(records) == 7 * 2 + 7 * 2 + 2 * 2 + 2 * 2 + 2 * 2 + 2
+    assert len(records) == 7 * 2 + 7 * 2 + 3 * 2 + 2 * 2 + 2 * 2 + 2
     for record in records:
         job, steps = record["job"], [m["step"] for m in record["measurements"]]
         assert steps == ([0, 2] if job["steps"] == SMOKE.short else [0, 2, 4]) and not record["diverged"]
@@ -78,7 +78,7 @@ def test_every_run_has_a_complete_file(results):
         for m in record["measurements"]:
             assert len(m["magnitude"]) == len(m["variance"]) == SMOKE.layers + 1
             assert len(m["gradient"]) == len(m["sites"]) == SMOKE.layers and min(m["gradient"]) > 0
-            assert ("approximation" in m) == (job["norm"] in ("bhyt", "bhyt-position"))
+            assert ("approximation" in m) == (job["norm"] in ("bhyt", "bhyt-position", "bhyt-one-value"))
             assert ("saturated" in m["sites"][0][0]) == (job["norm"] == "dyt" or "bhyt" in job["norm"])
     shared = {json.dumps(record["measurements"][0]["variance"]) for record in records
               if record["job"]["norm"] == "rmsnorm" and record["job"]["seed"] == 1}
@@ -148,6 +148,22 @@ def test_position_offset():
     torch.testing.assert_close(total, branch + stream)
 
 
+def test_offset_of_one_value():
+    """c for T = 1; and so it is: with one token in all places the attention's variance is that of one value."""
+    config = ModelConfig(vocab=VOCAB, layers=1, dim=64, heads=4, kv_heads=2, seq_len=16)
+    model = Decoder(config, block_of(Job("bhyt-one-value", 1e-3, 1, 1)))
+    with torch.no_grad():
+        model.embed_tokens.weight.mul_(50)
+        model.layers[0].input_layernorm.lam.fill_(0.1)
+    model.refresh()
+    (visit,) = measure.walk(model, torch.randint(VOCAB, (200, 1)).expand(200, 16))
+    branch = visit.branch.double().square().mean()
+    assert branch == pytest.approx(visit.block.post_attention_layernorm.variance_offset.item(), rel=0.1)
+    _, estimates = measure.variances(visit, measure.attention_weights(visit))
+    added = (estimates["one"] - estimates["none"]).mean()
+    assert added == pytest.approx(visit.block.post_attention_layernorm.variance_offset.item(), rel=1e-5)
+
+
 def test_first_block_exact():
     """Two exact sites in the first block, and BHyT behind it."""
     model = Decoder(TINY, block_of(Job("bhyt-first-exact", 1e-3, 1, 1)))
@@ -201,6 +217,7 @@ def test_independent_values_under_uniform_attention():
     added = (estimates["t"] - estimates["none"])[0]
     torch.testing.assert_close(branch, added, rtol=0.1, atol=0)
     torch.testing.assert_close(estimates["T"] - estimates["none"], (added * position / 32).expand_as(truth))
+    torch.testing.assert_close(estimates["one"] - estimates["none"], (added * position).expand_as(truth))
     torch.testing.assert_close(truth, (visit.stream + visit.branch).double().square().mean(-1))
     (record,) = measure.approximation([visit])["layers"]
     first = record["terms"]

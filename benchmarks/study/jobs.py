@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any, Mapping, Sequence
 
 NORMS = ("bhyt", "bhyt-exact", "rmsnorm", "layernorm", "dyt", "peri-ln", "lns")
-# Two changes of BHyT, at its learning rate; see variants.py.
-POSITION, FIRST_EXACT = VARIANTS = ("bhyt-position", "bhyt-first-exact")
+# Changes of BHyT, at its learning rate; see variants.py.
+FIRST_EXACT, POSITION, ONE_VALUE = VARIANTS = ("bhyt-first-exact", "bhyt-position", "bhyt-one-value")
 SEARCH_SEED = 0  # the learning-rate search has a seed of its own
 REFRESH = 10  # steps between updates of the variance offsets, where nothing else is said
 NEVER = 0  # as a refresh: after the initialisation no more

@@ -96,9 +96,10 @@ def _share(condition: Tensor) -> float:
 def approximation(visits: list[Visit]) -> dict[str, Any]:
     """Estimates of the row variance behind the attention, beside the true one, by layer and of all layers together.
 
-    The estimates are v plus nothing, plus the layer's offset ("T"), plus offset * T / t ("t"), and plus
-    offset * T * (sum of squared attention weights, mean of the heads) ("weights"). The last needs the attention
-    weights, which no fused attention gives: it tells how much of the error is that attention is not uniform.
+    The estimates are v plus nothing, plus the offset for T tokens ("T"), plus offset * T / t ("t"), plus offset * T
+    ("one": no averaging at all), and plus offset * T * (sum of squared attention weights, mean of the heads)
+    ("weights"). The last needs the attention weights, which no fused attention gives: it tells how much of the error is
+    that attention is not uniform.
     """
     layers, truths, all_estimates = [], [], []
     for visit in visits:
@@ -161,14 +162,16 @@ def attention_weights(visit: Visit) -> Tensor:
 def variances(visit: Visit, weights: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
     """weights: [B, H, T, T] -> (true row variance behind the attention [B, T], estimates [B, T] by name), float64."""
     length = visit.entered.shape[1]
-    before, added = visit.variance.squeeze(-1).double(), offset(visit.block)
+    before = visit.variance.squeeze(-1).double()
+    of_one = offset(visit.block) * visit.block.seq_len
     position = torch.arange(1, length + 1, device=before.device)
     concentration = weights.double().square().sum(-1).mean(1)  # 1 / t where attention is uniform
     return visit.entered.double().square().mean(-1), {
         "none": before,
-        "T": before + added,
-        "t": before + added * visit.block.seq_len / position,
-        "weights": before + added * visit.block.seq_len * concentration,
+        "T": before + of_one / length,
+        "t": before + of_one / position,
+        "one": before + of_one,
+        "weights": before + of_one * concentration,
     }
 
 
@@ -178,7 +181,7 @@ def _terms(visit: Visit) -> dict[str, Any]:
     bins = _bins(x.shape[1])
     parts = {"stream": x.square(), "cross": 2 * x * o, "branch": o.square()}
     means = {name: [part[:, start:end].mean().item() for start, end in bins] for name, part in parts.items()}
-    return {**means, "offset": offset(visit.block).item()}
+    return {**means, "offset": (offset(visit.block) * visit.block.seq_len / x.shape[1]).item()}
 
 
 def _bins(length: int) -> list[tuple[int, int]]:

@@ -9,14 +9,15 @@ from statistics import mean, median, stdev
 from typing import Any, Callable, Sequence
 
 from jobs import (
-    FIRST_EXACT, NEVER, NORMS, POSITION, REFRESH, SEARCH_SEED, VARIANTS, Job, Preset, Result, Results, best_lrs,
-    bounded, comparison, final_loss, searches, unbounded,
+    FIRST_EXACT, NEVER, NORMS, ONE_VALUE, POSITION, REFRESH, SEARCH_SEED, VARIANTS, Job, Preset, Result, Results,
+    best_lrs, bounded, comparison, final_loss, searches, unbounded,
 )
 from pretraining.norms import KAPPA
 from pretraining.plot import STYLE
 
 LABELS = {norm: label for norm, (_, _, label) in STYLE.items()} | {FIRST_EXACT: "BHyT, first block exact"}
-ESTIMATES = {"none": "v", "T": "v + offset (BHyT)", "t": "v + offset T / t", "weights": "v + offset T Σp²"}
+ESTIMATES = {"none": "v", "T": "v + offset (BHyT)", "t": "v + offset T / t", "one": "v + offset T",
+             "weights": "v + offset T Σp²"}
 
 
 @dataclass(frozen=True)
@@ -175,18 +176,18 @@ def approximation(study: Study) -> list[str]:
 
 
 def offsets(study: Study) -> list[str]:
-    """How often the offset is refreshed, and 1 / t in place of 1 / T."""
-    cases = {("T, never again" if refresh == NEVER else f"T, every {refresh} steps"): study.compared("bhyt", refresh)
-             for refresh in study.preset.refreshes}
-    cases[f"t, every {REFRESH} steps"] = study.compared(POSITION)
+    """How often the offset is refreshed, and 1 / t or 1 in place of 1 / T; each run's error is that of its own kind."""
+    cases = {("1 / T, never again" if refresh == NEVER else f"1 / T, every {refresh} steps"):
+             ("T", study.compared("bhyt", refresh)) for refresh in study.preset.refreshes}
+    cases[f"1 / t, every {REFRESH} steps"] = "t", study.compared(POSITION)
+    cases[f"1, every {REFRESH} steps"] = "one", study.compared(ONE_VALUE)
     rows = []
-    for name, results in cases.items():
+    for name, (estimate, results) in cases.items():
         if good := finished(results):
             stale = average(good, lambda m: max(abs(layer["staleness"]) for layer in m["approximation"]["layers"]))
-            estimate = "t" if results is cases[f"t, every {REFRESH} steps"] else "T"
             error = average(good, lambda m: m["approximation"]["pooled"][estimate]["error"])
-            rows.append([name, loss(results), speed(results), f"{stale:.3f}", f"{error:.3f}"])
-    return markdown(["offset", "held-out loss", "tokens/s", "largest abs(log(offset / fresh offset))",
+            rows.append([name, loss(results), f"{stale:.3f}", f"{error:.3f}"])
+    return markdown(["offset", "held-out loss", "largest abs(log(offset / fresh offset))",
                      "fresh: root mean square of log(estimate / true)"], rows)
 
 

@@ -1,5 +1,5 @@
-"""The blocks that the study adds to the example's seven: BHyT whose offset knows the position, whose first block is
-exact, or whose lambda is frozen."""
+"""The blocks that the study adds to the example's seven: BHyT whose first block is exact, whose offset knows the
+position or takes all values for one, or whose lambda is frozen."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 import bhyt
-from jobs import FIRST_EXACT, POSITION, Job
+from jobs import FIRST_EXACT, ONE_VALUE, POSITION, Job
 from pretraining.model import Block, ModelConfig
 from pretraining.norms import BLOCKS, KAPPA, BlockBHyT, BlockBHyTExact
 
@@ -28,6 +28,14 @@ class BlockBHyTPosition(BlockBHyT):
         assert variance is not None
         missing = self.post_attention_layernorm.variance_offset * self.excess[: variance.shape[-2]]
         return super().enter_mlp(branch, stream, variance + missing)
+
+
+class BlockBHyTOneValue(BlockBHyT):
+    """If the values of all tokens were the same, their mean would have the variance of one: c for T = 1."""
+
+    def __init__(self, config: ModelConfig, index: int) -> None:
+        super().__init__(config, index)
+        self.seq_len = 1
 
 
 class BlockBHyTFirstExact(Block):
@@ -50,9 +58,8 @@ def frozen(bound: float) -> type[Block]:
     return BlockBHyTFrozen
 
 
+CLASSES = {FIRST_EXACT: BlockBHyTFirstExact, POSITION: BlockBHyTPosition, ONE_VALUE: BlockBHyTOneValue}
+
+
 def block_of(job: Job) -> type[Block]:
-    if job.norm == POSITION:
-        return BlockBHyTPosition
-    if job.norm == FIRST_EXACT:
-        return BlockBHyTFirstExact
-    return BLOCKS[job.norm] if job.bound is None else frozen(job.bound)
+    return frozen(job.bound) if job.bound is not None else (BLOCKS | CLASSES)[job.norm]
