@@ -11,7 +11,7 @@ from typing import Any, Mapping, Sequence
 
 NORMS = ("bhyt", "bhyt-exact", "rmsnorm", "layernorm", "dyt", "peri-ln", "lns")
 # Changes of BHyT, at its learning rate; see variants.py.
-FIRST_EXACT, POSITION, ONE_VALUE = VARIANTS = ("bhyt-first-exact", "bhyt-position", "bhyt-one-value")
+FIRST_EXACT, ONE_VALUE, POSITION = VARIANTS = ("bhyt-first-exact", "bhyt-one-value", "bhyt-position")
 SEARCH_SEED = 0  # the learning-rate search has a seed of its own
 REFRESH = 10  # steps between updates of the variance offsets, where nothing else is said
 NEVER = 0  # as a refresh: after the initialisation no more
