@@ -23,6 +23,7 @@ import figures  # noqa: E402
 import jobs  # noqa: E402
 import measure  # noqa: E402
 import run as study  # noqa: E402
+import tables  # noqa: E402
 from jobs import PRESETS, Job  # noqa: E402
 from pretraining.data import VOCAB, load_corpus  # noqa: E402
 from pretraining.model import Decoder, ModelConfig  # noqa: E402
@@ -351,11 +352,18 @@ def test_page(results, tmp_path, monkeypatch):
     best = min(by_rate, key=by_rate.get)
     cells = [f"**{by_rate[lr]:.3f}**" if lr == best else f"{by_rate[lr]:.3f}" for lr in (1e-3, 1e-2)]
     assert f"| DyT | {cells[0]} | {cells[1]} |" in full
+    spread = {r["job"]["lr"]: tables.number(r["measurements"][-1]["variance"][-1]) for r in search}
+    cells = [f"**{spread[lr]}**" if lr == best else spread[lr] for lr in (1e-3, 1e-2)]
+    assert f"| DyT | {cells[0]} | {cells[1]} |" in full
     losses = [r["measurements"][-1]["loss"] for r in records if r["job"]["norm"] == "dyt" and r["job"]["seed"] > 0]
     assert len(losses) == 2 and f"| DyT | {best:g} | {mean(losses):.3f} ± {stdev(losses):.3f} |" in full
 
     monkeypatch.setattr(figures, "save", lambda figure, path: figure is not None)  # slow, and drawn once
     assert write_page(page, results) == full
+
+
+def test_gradients_of_zero_have_a_ratio():
+    assert tables.ratio(6, 3) == 2 and tables.number(tables.ratio(1, 0)) == "-"
 
 
 def test_page_of_an_unfinished_study(results, tmp_path, monkeypatch):
