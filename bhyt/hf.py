@@ -33,6 +33,7 @@ def convert(
     eps: Union[float, None] = None,
     seq_len: Union[int, None] = None,
     use_gamma_var: Union[bool, None] = None,
+    exact_layers: int = 0,
     warm_start: bool = False,
 ) -> int:
     """Turn the norms of a decoder's layers into BHyT sites, in place, and record it in `model.config`.
@@ -53,6 +54,8 @@ def convert(
             `model.config.seq_len` gives it. It is never taken from a batch.
         use_gamma_var: multiply the variance that attention adds by the mean square of the first site's gain, as the
             authors' option of this name does; None: when warm_start is given, whose gains are far from 1.
+        exact_layers: so many layers from the first on get exact second sites too. 1 costs one reduction per model,
+            and does without the approximation where it fails: small embeddings in front of the first attention.
         warm_start: multiply each gain by kappa / lam, so that for small arguments a site is the RMSNorm it replaces;
             the first deviation is -(lam/kappa)^2 / 3 (x/rms)^2 relative. For models that were trained with RMSNorm.
             Only exact sites ("bhytstar") begin so near: trained attention adds more variance than the others
@@ -62,8 +65,8 @@ def convert(
         The number of sites.
 
     Raises:
-        ValueError: another norm_type; no seq_len; a model that is converted already, has no layer that fits, or one
-            that computes something else than is assumed above. Nothing has been changed then.
+        ValueError: another norm_type; no seq_len; exact_layers below 0; a model that is converted already, has no layer
+            that fits, or one that computes something else than is assumed above. Nothing has been changed then.
     """
     if norm_type not in _NORM_TYPES:
         raise ValueError(f"norm_type: expected one of {', '.join(_NORM_TYPES)}, got {norm_type!r}")
@@ -72,11 +75,14 @@ def convert(
         raise ValueError(f"model: no layer of {type(model).__name__} has {', '.join(PARTS)}; nothing was converted")
     if any(isinstance(layer, ConvertedLayer) for layer in layers):
         raise ValueError("model: has been converted already")
+    if exact_layers < 0:
+        raise ValueError(f"exact_layers: expected an integer >= 0, got {exact_layers}")
     exact = norm_type == "bhytstar"
+    approximate = [] if exact else layers[exact_layers:]
     seq_len = seq_len or getattr(model.config, "seq_len", None)
-    for layer in () if exact else layers:
+    for layer in approximate:
         _check_attention(layer.self_attn)
-    if not exact and not seq_len:
+    if approximate and not seq_len:
         longest = getattr(model.config, "max_position_embeddings", "unknown")
         raise ValueError(
             "seq_len: approximate sites need the sequence length the model is built for (or norm_type='bhytstar');"
@@ -96,7 +102,7 @@ def convert(
 
     options = dict(kappa=kappa, eps=eps, learnable_lam=learnable_lam)
     for layer, layer_class in zip(layers, classes):
-        second = BHyT if exact else BHyTApprox
+        second = BHyTApprox if layer in approximate else BHyT
         layer.input_layernorm = _site_for(layer.input_layernorm, BHyT, input_layer_lam, warm_start, options)
         layer.post_attention_layernorm = _site_for(
             layer.post_attention_layernorm, second, post_layer_lam, warm_start, options
@@ -108,7 +114,7 @@ def convert(
     fields = dict(
         norm_type=norm_type, input_layer_lam=input_layer_lam, post_layer_lam=post_layer_lam,
         last_layer_lam=last_layer_lam, learnable_lam=learnable_lam, bhyt_kappa=kappa, bhyt_eps=eps, seq_len=seq_len,
-        use_gamma_var=warm_start if use_gamma_var is None else use_gamma_var,
+        use_gamma_var=warm_start if use_gamma_var is None else use_gamma_var, var_approx_exact_layers=exact_layers,
     )
     for name, value in fields.items():
         setattr(model.config, name, value)
@@ -258,8 +264,8 @@ def _sites_in(config: Any) -> Dict[str, Any]:
         raise ValueError(f"config.norm_type: expected one of {', '.join(_NORM_TYPES)}, got {norm_type!r}")
     names = ("input_layer_lam", "post_layer_lam", "last_layer_lam", "learnable_lam", "seq_len", "use_gamma_var")
     fields = {name: getattr(config, name, None) for name in names}
-    fields |= {"kappa": getattr(config, "bhyt_kappa", None), "norm_type": norm_type}
-    fields["eps"] = getattr(config, "bhyt_eps", 1e-6)
+    fields |= {"kappa": getattr(config, "bhyt_kappa", None), "eps": getattr(config, "bhyt_eps", 1e-6)}
+    fields |= {"exact_layers": getattr(config, "var_approx_exact_layers", None), "norm_type": norm_type}
     return {name: value for name, value in fields.items() if value is not None}
 
 
@@ -313,7 +319,7 @@ def load_authors_checkpoint(path: Any, *, dtype: Union[torch.dtype, None] = None
     config = AutoConfig.from_pretrained(path)
     defaults = {
         "bhyt_layer_range": None, "bhyt_kappa_schedule": None, "var_approx_method": "baseline",
-        "var_approx_calibration": None, "var_approx_exact_layers": 0, "var_approx_exact_layer_list": None,
+        "var_approx_calibration": None, "var_approx_exact_layer_list": None,
         "lam_layer_scale": False, "lam_layer_rscale": False,
     }
     for field, default in defaults.items():

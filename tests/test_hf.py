@@ -75,13 +75,13 @@ def logits_by_hand(model: nn.Module, tokens: Tensor, eps: float = 1e-6, cache: A
     rotary = body.rotary_emb(x, position_ids=torch.arange(past, end)[None])
     mask = torch.full((end - past, end), float("-inf"), dtype=x.dtype).triu(past + 1)[None, None]
     more = {"past_key_values": cache} if cache is not None else {}
-    for layer in body.layers:
+    for index, layer in enumerate(body.layers):
         first, second, attention = layer.input_layernorm, layer.post_attention_layernorm, layer.self_attn
         v = x.square().mean(-1, keepdim=True)
         y = site(x, v, first)
         branch = attention(hidden_states=y, position_embeddings=rotary, attention_mask=mask, **more)[0]
         x = x + branch
-        if config.norm_type == "bhytstar":
+        if config.norm_type == "bhytstar" or index < config.var_approx_exact_layers:
             v = x.square().mean(-1, keepdim=True)
         else:
             c = c_by_hand(layer, config.seq_len)
@@ -99,7 +99,7 @@ def logits_by_hand(model: nn.Module, tokens: Tensor, eps: float = 1e-6, cache: A
     "options",
     (
         {}, {"norm_type": "bhytstar"}, {"last_layer_lam": 1.5}, {"use_gamma_var": True, "seq_len": 2},
-        {"learnable_lam": False},
+        {"learnable_lam": False}, {"exact_layers": 1},
     ),
     ids=str,
 )
@@ -195,7 +195,9 @@ def test_generate_with_a_quantized_cache() -> None:
     assert error <= 0.2 * (unquantised - expected).norm() and (unquantised - expected).norm() > 0
 
 
-@pytest.mark.parametrize("options", ({}, {"norm_type": "bhytstar"}, {"last_layer_lam": 1.5}), ids=str)
+@pytest.mark.parametrize(
+    "options", ({}, {"norm_type": "bhytstar"}, {"last_layer_lam": 1.5}, {"exact_layers": 1}), ids=str
+)
 def test_save_and_load(options: dict, tmp_path: Path) -> None:
     """save_pretrained, then from_pretrained: the config carries every field and the logits have the same bits."""
     model = converted(**options)
@@ -206,7 +208,9 @@ def test_save_and_load(options: dict, tmp_path: Path) -> None:
         assert same_bits(loaded(ids()).logits, model(ids()).logits)
 
 
-@pytest.mark.parametrize("options", ({}, {"use_gamma_var": True}, {"learnable_lam": False}), ids=str)
+@pytest.mark.parametrize(
+    "options", ({}, {"use_gamma_var": True}, {"learnable_lam": False}, {"exact_layers": 1}), ids=str
+)
 def test_authors_checkpoint(options: dict, tmp_path: Path) -> None:
     """Their key names, config fields and shapes load and compute the formulas: kappa and eps of the sites are not in
     the config (10, 1e-6), a frozen lam has no dimension; unknown schedules are refused."""
@@ -218,7 +222,8 @@ def test_authors_checkpoint(options: dict, tmp_path: Path) -> None:
         weights |= {name: t[0].clone() for name, t in weights.items() if name.endswith(".lam")}
     save_file(weights, tmp_path / "model.safetensors")
     fields = dict(
-        norm_type="bhyt", input_layer_lam=2.0, post_layer_lam=1.0, last_layer_lam=0.0, learnable_lam=True, seq_len=2
+        norm_type="bhyt", input_layer_lam=2.0, post_layer_lam=1.0, last_layer_lam=0.0, learnable_lam=True, seq_len=2,
+        var_approx_exact_layers=options.get("exact_layers", 0),
     ) | options
     theirs = stock(rms_norm_eps=1e-5).config.to_dict() | fields
     (tmp_path / "config.json").write_text(json.dumps(theirs, default=str))
@@ -273,6 +278,8 @@ def test_refusals() -> None:
         hf.convert(stock())
     with pytest.raises(ValueError, match="norm_type.*'rms'"):
         hf.convert(stock(), seq_len=8, norm_type="rms")
+    with pytest.raises(ValueError, match="exact_layers.*-1"):
+        hf.convert(stock(), seq_len=8, exact_layers=-1)
     with pytest.raises(ValueError, match="converted already"):
         hf.convert(converted(), seq_len=8)
     with pytest.raises(ValueError, match="has not been converted"):
