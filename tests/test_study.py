@@ -366,6 +366,13 @@ def test_gradients_of_zero_have_a_ratio():
     assert tables.ratio(6, 3) == 2 and tables.number(tables.ratio(1, 0)) == "-"
 
 
+def test_errors_of_the_first_block_and_the_others():
+    """Means over runs block by block, then the root mean square of the other blocks."""
+    runs = [{"measurements": [{"approximation": {"layers": [{"estimates": {"T": {"error": error}}} for error in some]}}]}
+            for some in ((1.0, 2.0, 3.0), (3.0, 4.0, 5.0))]
+    assert tables.errors(runs, "T") == pytest.approx((2.0, math.sqrt((3.0**2 + 4.0**2) / 2)))
+
+
 def test_page_of_an_unfinished_study(results, tmp_path, monkeypatch):
     """Only what has all of its runs is shown: here the search, and no comparison."""
     monkeypatch.setattr(figures, "save", lambda figure, path: figure is not None)

@@ -165,14 +165,19 @@ def approximation(study: Study) -> list[str]:
                       for key in ("pearson", "pearson_log", "bias", "error")}
             worst = average(results, lambda m: min(
                 layer["estimates"][name]["pearson"] for layer in m["approximation"]["layers"]), index)
-            errors = average(results, lambda m: [
-                layer["estimates"][name]["error"] for layer in m["approximation"]["layers"]], index)
+            first, others = errors(results, name, index)
             rows.append([str(results[0]["measurements"][index]["step"]), label, f"{pooled['pearson']:.4f}",
                          f"{pooled['pearson_log']:.4f}", f"{worst:.4f}", f"{pooled['bias']:+.3f}",
-                         f"{pooled['error']:.3f}", f"{errors[0]:.3f}",
-                         f"{math.sqrt(mean(error**2 for error in errors[1:])):.3f}"])
+                         f"{pooled['error']:.3f}", f"{first:.3f}", f"{others:.3f}"])
     return markdown(["step", "estimate", "r, all layers", "r of logarithms", "r, worst layer",
                      "mean log(estimate / true)", "root mean square", "in block 1", "behind it"], rows)
+
+
+def errors(results: Sequence[Result], estimate: str, index: int = -1) -> tuple[float, float]:
+    """An estimate's root mean square of log(estimate / true), in the first block and over the others."""
+    first, *others = average(results, lambda m: [
+        layer["estimates"][estimate]["error"] for layer in m["approximation"]["layers"]], index)
+    return first, math.sqrt(mean(error**2 for error in others))
 
 
 def offsets(study: Study) -> list[str]:
@@ -185,10 +190,11 @@ def offsets(study: Study) -> list[str]:
     for name, (estimate, results) in cases.items():
         if good := finished(results):
             stale = average(good, lambda m: max(abs(layer["staleness"]) for layer in m["approximation"]["layers"]))
-            error = average(good, lambda m: m["approximation"]["pooled"][estimate]["error"])
-            rows.append([name, loss(results), f"{stale:.3f}", f"{error:.3f}"])
+            rows.append([name, loss(results), f"{stale:.3f}", *(f"{error:.3f}" for error in errors(good, estimate)),
+                         worst_share(good, "saturated")])
     return markdown(["offset", "held-out loss", "largest abs(log(offset / fresh offset))",
-                     "fresh: root mean square of log(estimate / true)"], rows)
+                     "fresh: root mean square of log(estimate / true), in block 1", "behind it",
+                     "saturated, worst site"], rows)
 
 
 def bound(study: Study) -> list[str]:
