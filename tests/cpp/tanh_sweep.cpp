@@ -35,7 +35,7 @@ struct Worst {
 template <typename T>
 Worst sweep(const cpu::Kernels& kernels, DType dtype, int digits, int smallest_exponent, uint64_t begin, uint64_t end,
             uint64_t stride) {
-  std::vector<float> x(kBlock);
+  std::vector<float> x(kBlock), no_gain(kBlock, 1.0f);
   std::vector<T> y(kBlock);
   const float one = 1.0f;
   ForwardParams p;
@@ -66,7 +66,7 @@ Worst sweep(const cpu::Kernels& kernels, DType dtype, int digits, int smallest_e
       for (const uint64_t special : specials) x[n++] = cpu::bit_cast<float>(static_cast<uint32_t>(special));
     for (; n < kBlock && bits < end; bits += stride) x[n++] = cpu::bit_cast<float>(static_cast<uint32_t>(bits));
     p.d = n;
-    kernels.forward(p, nullptr, 0, 1);
+    kernels.forward(p, no_gain.data(), 0, 1);
     for (int64_t i = 0; i < n; ++i) {
       const double given = cpu::widen(y[i]), exact = std::tanh(static_cast<double>(x[i]));
       const bool special_ok = std::isnan(exact) ? std::isnan(given)
