@@ -1,6 +1,6 @@
 """Fixtures: the device, a fixed seed, and a number of threads that is put back. See README.md."""
 
-from typing import Iterator
+from typing import Iterator, List
 
 import pytest
 import torch
@@ -10,6 +10,12 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line(
         "markers", "every_tier: also run with every CPU instruction set, by test_tiers.py"
     )
+
+
+def pytest_collection_modifyitems(items: List[pytest.Item]) -> None:
+    """Files with slow tests first: pytest-xdist hands out files in this order, and a long last one has no company."""
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in slow)
 
 
 def pytest_report_header() -> str:

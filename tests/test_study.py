@@ -31,6 +31,7 @@ from pretraining.norms import BLOCKS  # noqa: E402
 from pretraining.train import Run  # noqa: E402
 from variants import block_of, frozen  # noqa: E402
 
+pytestmark = pytest.mark.slow
 SMOKE = PRESETS["smoke"]
 TINY = ModelConfig(vocab=VOCAB, layers=3, dim=32, heads=4, kv_heads=2, seq_len=16)
 

@@ -1,7 +1,7 @@
 // Runs every float, or every STRIDE-th, through the forward kernel of each instruction set with a = 1 and no gain, so
 // that y = tanh(x), and reports the largest error in ulps of the output's dtype. Exits 1 above the contract.
 //
-//   tanh_sweep [STRIDE [TIER]]     STRIDE 1 (the default) takes all 2^32 floats: some minutes
+//   tanh_sweep [STRIDE [TIER]]     STRIDE 1 (the default) takes all 2^32 floats: half an hour of CPU time
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
