@@ -16,6 +16,7 @@ from bhyt.compiling import decompose_when_compiling, decompositions  # noqa: E40
 from bhyt.folding import fold_gain  # noqa: E402
 from bhyt.gain import attention_gain  # noqa: E402
 from bhyt.modules import BHyT, BHyTApprox  # noqa: E402
+from bhyt.optim import parameter_groups  # noqa: E402
 
 __all__ = [
     "BHyT",
@@ -27,6 +28,7 @@ __all__ = [
     "fold_gain",
     "functional",
     "library_path",
+    "parameter_groups",
     "reference",
 ]
 __version__ = "0.1.0"

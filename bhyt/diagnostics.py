@@ -153,7 +153,7 @@ def record(model: nn.Module) -> Iterator[Record]:
         if not _recording.keys().isdisjoint(sites):
             raise ValueError(f"model: {type(model).__name__} is being recorded by another context")
         if not _recording:
-            _wrap_methods()
+            _wrap_forwards()
         _recording.update(sites)
     try:
         yield Record(list(sites.values()))
@@ -219,33 +219,32 @@ class _Site:
         )
 
 
-# Forward hooks see only module(x), and wrappers set on an instance would go with its copies. So the methods of the two
-# classes are wrapped, as long as any model is recorded, and look here for whose statistics they add to.
+# Hooks, and wrappers set on an instance, would go with its copies. So the forward of the two classes is wrapped, as long
+# as any model is recorded, and looks here for whose statistics it adds to.
 _recording: Dict[nn.Module, _Site] = {}
 _undo = contextlib.ExitStack()
 _lock = threading.Lock()
 
 
-def _wrap_methods() -> None:
+def _wrap_forwards() -> None:
     _undo.enter_context(torch.compiler.set_stance("force_eager"))
     for kind in (BHyT, BHyTApprox):
-        for name, method in list(vars(kind).items()):
-            if name.startswith("forward"):
-                _undo.callback(setattr, kind, name, method)
-                setattr(kind, name, _recorded(method))
+        _undo.callback(setattr, kind, "forward", kind.forward)
+        setattr(kind, "forward", _recorded(kind.forward))
 
 
-def _recorded(method: Callable[..., Any]) -> Callable[..., Any]:
-    signature = inspect.signature(method)
+def _recorded(forward: Callable[..., Any]) -> Callable[..., Any]:
+    signature = inspect.signature(forward)
 
-    @functools.wraps(method)
+    @functools.wraps(forward)
     def call(site: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        result = method(site, *args, **kwargs)
+        result = forward(site, *args, **kwargs)
         statistics = _recording.get(site)
         # Within a backward pass it is activation checkpointing that calls, for rows that have been counted.
         if statistics is not None and torch._C._current_graph_task_id() == -1:
             given = signature.bind(site, *args, **kwargs).arguments
-            statistics.add(site, result[1] if "residual" in given else given["x"], given.get("variance"))
+            rows = given["x"] if given.get("residual") is None else result[1]
+            statistics.add(site, rows, given.get("variance"))
         return result
 
     return call

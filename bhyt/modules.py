@@ -1,14 +1,16 @@
 """The two sites of a transformer block as modules.
 
-    y1, v = norm1.forward_with_variance(x)         exact
-    o     = attention(y1)
-    y2, x = norm2.forward_add(o, x, v)             approximate, the residual add fused, no reduction
-    ...                                            the next block's norm1.forward_add_with_variance(mlp(y2), x)
+    y1, v    = norm1(x, return_variance=True)                            exact
+    o        = attention(y1)
+    y2, x    = norm2(o, v, residual=x)                                   approximate, the residual add fused
+    y1, x, v = next_norm1(mlp(y2), residual=x, return_variance=True)     the next block
 
-Every method has one fixed return type, so that scripted models can call each.
+A site is run by calling the module, so that hooks, wrappers and offloading see it. What it returns depends on the
+arguments; the methods `forward_..` are the same calls with one return type each, for TorchScript and type checkers.
 """
 
-from typing import Tuple, Union
+import math
+from typing import Any, Callable, Dict, List, Mapping, Optional, Sequence, Tuple, Union
 
 import torch
 from torch import Tensor, nn
@@ -16,37 +18,40 @@ from torch import Tensor, nn
 from bhyt import functional as F
 from bhyt.gain import whole
 
+_scripting: Callable[[], bool] = torch.jit.is_scripting  # type: ignore[attr-defined]
+
 
 class _Site(nn.Module):
     """Parameters and options that exact and approximate sites share."""
 
+    weight: Optional[Tensor]
+    lam: Tensor
+
     def __init__(
         self,
-        hidden_size: int,
+        hidden_size: Union[int, Sequence[int]],
         *,
         lam: float = 1.0,
         kappa: float = 10.0,
         eps: float = 1e-6,
         learnable_lam: bool = True,
         elementwise_affine: bool = True,
-        device=None,
-        dtype=None,
+        device: Union[torch.device, str, int, None] = None,
+        dtype: Optional[torch.dtype] = None,
     ) -> None:
         super().__init__()
-        if hidden_size < 1:
-            raise ValueError(f"hidden_size: expected an integer >= 1, got {hidden_size}")
-        if not kappa > 0:
+        self.hidden_size = _size(hidden_size)
+        if not _is_number(kappa) or not kappa > 0:
             raise ValueError(f"kappa: expected a number > 0, got {kappa}")
-        if not eps >= 0:
+        if not _is_number(eps) or not eps >= 0:
             raise ValueError(f"eps: expected a number >= 0, got {eps}")
-        self.hidden_size = hidden_size
         self.kappa = float(kappa)
         self.eps = float(eps)
         self.initial_lam = float(lam)
         self.learnable_lam = learnable_lam
         self.elementwise_affine = elementwise_affine
         if elementwise_affine:
-            self.weight = nn.Parameter(torch.empty(hidden_size, device=device, dtype=dtype))
+            self.weight = nn.Parameter(torch.empty(self.hidden_size, device=device, dtype=dtype))
         else:
             self.register_parameter("weight", None)
         value = torch.empty(1, device=device, dtype=dtype)
@@ -54,14 +59,13 @@ class _Site(nn.Module):
             self.lam = nn.Parameter(value)
         else:
             self.register_buffer("lam", value)
-        self.reset_parameters()
+        _Site.reset_parameters(self)
 
     def reset_parameters(self) -> None:
         """weight to 1, lam to the value given at construction."""
-        with torch.no_grad():
-            if self.weight is not None:
-                self.weight.fill_(1.0)
-            self.lam.fill_(self.initial_lam)
+        if self.weight is not None:
+            nn.init.ones_(self.weight)
+        nn.init.constant_(self.lam, self.initial_lam)
 
     def extra_repr(self) -> str:
         return (
@@ -70,21 +74,61 @@ class _Site(nn.Module):
         )
 
 
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _size(hidden_size: Any) -> int:
+    """d of an integer or, as torch.nn.RMSNorm takes it, of a shape of one dimension."""
+    sizes = tuple(hidden_size) if isinstance(hidden_size, (tuple, list)) else (hidden_size,)
+    if len(sizes) != 1 or not isinstance(sizes[0], int) or sizes[0] < 1:
+        raise ValueError(f"hidden_size: expected an integer >= 1, got {hidden_size!r}")
+    return sizes[0]
+
+
+def _check_width(x: Tensor, hidden_size: int) -> None:
+    if x.dim() == 0 or x.shape[-1] != hidden_size:
+        raise ValueError(f"x: expected [..., {hidden_size}], got {list(x.shape)}")
+
+
+def _on_values(site: Callable[..., Any], x: Tensor, tensors: Mapping[str, Optional[Tensor]], **options: Any) -> Any:
+    """site(..) of jagged nested tensors [batch, ragged, .., d]: rows are independent, so it runs on all rows packed."""
+    given: Dict[str, Any] = {"x": x, **tensors}
+    values = {}
+    for name, tensor in given.items():
+        if tensor is not None and not (tensor.is_nested and tensor.layout == torch.jagged and tensor._ragged_idx == 1):
+            raise ValueError(f"{name}: expected a jagged nested tensor [batch, ragged, ..., d], as x, got {tensor.layout}")
+        if tensor is not None and tensor.shape[:2] != x.shape[:2]:
+            raise ValueError(f"{name}: expected the offsets of x, got others")
+        values[name] = None if tensor is None else tensor.values()
+    results = site(**values, **options)
+    offsets, lengths = given["x"].offsets(), given["x"].lengths()
+    nested = [
+        torch.nested.nested_tensor_from_jagged(rows, offsets=offsets, lengths=lengths)
+        for rows in (results if isinstance(results, tuple) else (results,))
+    ]
+    return tuple(nested) if isinstance(results, tuple) else nested[0]
+
+
 _ARGS = """
 
     Args:
-        hidden_size: d, the size of the last dimension.
+        hidden_size: d, the size of the last dimension: an integer, or a shape of one dimension.
         lam: initial value of `lam`, the bound on the argument of tanh (arXiv 2601.09719 uses 2.0 for exact and 1.0
             for approximate sites).
         kappa: the argument stays within [-lam, lam] with probability of at least 1 - 1/kappa^2.
         eps: added to the variance.
         learnable_lam: False makes `lam` a buffer: saved, never trained.
         elementwise_affine: False leaves out the gain `weight`.
-        device, dtype: of `weight` and `lam`; any floating dtype works with rows of any other.
+        device, dtype: of `weight` and `lam`; any floating dtype works with rows of any other. Train in float32 (under
+            autocast, or with float32 copies in the optimizer): a bfloat16 lam of 2 does not see steps below 0.004.
 
     Attributes:
         weight: [hidden_size] parameter, initially 1, or None.
-        lam: [1] parameter or buffer.
+        lam: [1] parameter or buffer. Weight decay would pull it towards 0: see `bhyt.parameter_groups`.
+
+    Raises:
+        ValueError: an option that is not as described; called with rows of another width than hidden_size.
 """
 
 
@@ -92,26 +136,68 @@ class BHyT(_Site):
     __doc__ = (
         """Exact site: y = weight * tanh(lam * x / (kappa * sqrt(mean(x^2) + eps))), bounded by |weight|.
 
-    A drop-in for `torch.nn.RMSNorm(hidden_size)`; x and y are [..., hidden_size]."""
+    A drop-in for `torch.nn.RMSNorm(hidden_size)`; x and y are [..., hidden_size], jagged nested tensors included. The
+    root mean square of y is about |weight| lam / kappa, where RMSNorm's is |weight|."""
         + _ARGS
     )
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x [..., d] -> y [..., d] in x's dtype."""
-        return F.forward(x, self.weight, self.lam, self.kappa, self.eps)[0]
+    def forward(self, x: Tensor, residual: Optional[Tensor] = None, return_variance: bool = False) -> Tensor:
+        """y, or (y[, sum][, variance]) as asked for.
+
+        Args:
+            x: [..., d] rows, any floating dtype.
+            residual: [..., d], of x's dtype or a wider one: the site is that of sum = x + residual, which is returned
+                behind y, in residual's dtype.
+            return_variance: also return the variance of the rows, [..., 1] float32 (float64 for float64 rows), which
+                the block's approximate site takes.
+
+        Returns:
+            y [..., d] in x's dtype; a tuple when more is asked for. In TorchScript, whose type this method declares, y
+            alone can be asked for here; the methods below are for the rest.
+        """
+        if _scripting():
+            if residual is not None or return_variance:
+                raise RuntimeError("BHyT: in TorchScript call the method with this return type, forward_..")
+            return F.forward(x, self.weight, self.lam, self.kappa, self.eps)[0]
+        else:
+            y: Tensor = self._run(x, residual, return_variance)
+            return y
+
+    def _run(self, x: Tensor, residual: Optional[Tensor], return_variance: bool) -> Any:
+        if x.is_nested:
+            return _on_values(self._run, x, {"residual": residual}, return_variance=return_variance)
+        _check_width(x, self.hidden_size)
+        results: Tuple[Tensor, ...]
+        if residual is None:
+            results = F.forward(x, self.weight, self.lam, self.kappa, self.eps)
+            return results if return_variance else results[0]
+        results = F.add_forward(x, residual, self.weight, self.lam, self.kappa, self.eps)
+        return results if return_variance else results[:2]
 
     def forward_with_variance(self, x: Tensor) -> Tuple[Tensor, Tensor]:
-        """x [..., d] -> (y [..., d], variance [..., 1]); the variance is what the block's approximate site takes."""
-        return F.forward(x, self.weight, self.lam, self.kappa, self.eps)
+        """self(x, return_variance=True): (y [..., d], variance [..., 1])."""
+        if _scripting():
+            return F.forward(x, self.weight, self.lam, self.kappa, self.eps)
+        else:
+            pair: Tuple[Tensor, Tensor] = self(x, return_variance=True)
+            return pair
 
     def forward_add(self, x: Tensor, residual: Tensor) -> Tuple[Tensor, Tensor]:
-        """(x, residual) [..., d] -> (y, sum) with sum = x + residual and y = self(sum); sum has residual's dtype."""
-        y, total, _ = F.add_forward(x, residual, self.weight, self.lam, self.kappa, self.eps)
-        return y, total
+        """self(x, residual): (y, sum) with sum = x + residual and y = self(sum)."""
+        if _scripting():
+            y, total, _ = F.add_forward(x, residual, self.weight, self.lam, self.kappa, self.eps)
+            return y, total
+        else:
+            pair: Tuple[Tensor, Tensor] = self(x, residual)
+            return pair
 
     def forward_add_with_variance(self, x: Tensor, residual: Tensor) -> Tuple[Tensor, Tensor, Tensor]:
-        """(x, residual) [..., d] -> (y, sum, variance [..., 1] of the sum)."""
-        return F.add_forward(x, residual, self.weight, self.lam, self.kappa, self.eps)
+        """self(x, residual, return_variance=True): (y, sum, variance [..., 1] of the sum)."""
+        if _scripting():
+            return F.add_forward(x, residual, self.weight, self.lam, self.kappa, self.eps)
+        else:
+            triple: Tuple[Tensor, Tensor, Tensor] = self(x, residual, return_variance=True)
+            return triple
 
 
 class BHyTApprox(_Site):
@@ -119,27 +205,29 @@ class BHyTApprox(_Site):
         """Approximate site: y = weight * tanh(lam * x / (kappa * sqrt(variance + offset + eps))), no reduction.
 
     The second site of a block: `variance` is the exact site's, and the offset is what attention adds to it,
-    c * lam1^2 / kappa1^2 with c from `bhyt.attention_gain`. The offset follows from weights, so it is no parameter and
-    not in the state dict: set it after construction or loading, and refresh it every so many training steps.
-    Calling the site before raises RuntimeError."""
+    c * lam1^2 / kappa1^2 with c from `bhyt.attention_gain`. The offset follows from weights, so it is no parameter: set
+    it after construction, and refresh it every so many training steps. Until then it is NaN, and calling the site
+    raises RuntimeError. It is state, saved and loaded with the weights; loading a state dict without it succeeds and
+    leaves it unset, never as it was."""
         + _ARGS
-        + """        variance_offset: scalar buffer, not saved.
+        + """        variance_offset: scalar buffer, float32 whatever the site is cast to; NaN while it is not set.
 """
     )
 
-    offset_is_set: bool
+    variance_offset: Tensor
+    offset_is_set: bool  # has been seen to be
 
     def __init__(
         self,
-        hidden_size: int,
+        hidden_size: Union[int, Sequence[int]],
         *,
         lam: float = 1.0,
         kappa: float = 10.0,
         eps: float = 1e-6,
         learnable_lam: bool = True,
         elementwise_affine: bool = True,
-        device=None,
-        dtype=None,
+        device: Union[torch.device, str, int, None] = None,
+        dtype: Optional[torch.dtype] = None,
     ) -> None:
         super().__init__(
             hidden_size,
@@ -151,28 +239,67 @@ class BHyTApprox(_Site):
             device=device,
             dtype=dtype,
         )
-        self.register_buffer("variance_offset", torch.zeros((), device=device, dtype=torch.float32), persistent=False)
+        self.register_buffer("variance_offset", torch.full((), math.nan, device=device, dtype=torch.float32))
+        self.offset_is_set = False
 
     def reset_parameters(self) -> None:
         """weight to 1, lam to the value given at construction; the offset counts as not set."""
         super().reset_parameters()
+        self._unset_offset()
+
+    def _unset_offset(self) -> None:
+        nn.init.constant_(self.variance_offset, math.nan)
         self.offset_is_set = False
 
-    def _apply(self, fn, recurse=True):
-        was_meta = self.variance_offset.is_meta
-        super()._apply(fn, recurse)
-        if was_meta and not self.variance_offset.is_meta:  # to_empty: memory, but no value yet
-            self.offset_is_set = False
+    def has_variance_offset(self) -> bool:
+        """Whether the offset has been set, wherever it came from: a state dict, a loader that writes buffers, an average.
+
+        Reads the buffer (a synchronisation on a GPU) until it is.
+        """
+        if not self.offset_is_set and not self.variance_offset.is_meta:
+            self.variance_offset = self.variance_offset.float()
+            self.offset_is_set = not bool(torch.isnan(self.variance_offset))
+        return self.offset_is_set
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "BHyTApprox":
+        before = self.variance_offset
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        if self.variance_offset.dtype != torch.float32:
+            self.variance_offset = before.to(self.variance_offset.device)
+        if before.is_meta and not self.variance_offset.is_meta:  # to_empty: memory, but no value yet
+            self._unset_offset()
         return self
 
+    def _load_from_state_dict(
+        self, state_dict: Dict[str, Any], prefix: str, local_metadata: Dict[str, Any], strict: bool,
+        missing_keys: List[str], unexpected_keys: List[str], error_msgs: List[str],
+    ) -> None:
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
+        key = prefix + "variance_offset"
+        if key in state_dict:
+            self.offset_is_set = False
+            self.has_variance_offset()
+        else:
+            self._unset_offset()
+            if key in missing_keys:
+                missing_keys.remove(key)
+
+    @torch.no_grad()
     def set_variance_offset(self, offset: Union[Tensor, float]) -> None:
-        """Set v' - v, one non-negative number; stored as float32 on the site's device, without gradient."""
+        """Set v' - v, one non-negative number; stored as float32 on the site's device, without gradient.
+
+        Raises:
+            ValueError: several numbers, a negative one or NaN. On other devices than the CPU values are not looked at.
+        """
         value = torch.as_tensor(offset).detach()
         if value.numel() != 1:
             raise ValueError(f"offset: expected one element, got shape {list(value.shape)}")
-        with torch.no_grad():
-            self.variance_offset.copy_(value.reshape(()))
-        self.offset_is_set = True
+        if value.device.type == "cpu" and not value.item() >= 0:
+            raise ValueError(f"offset: expected a number >= 0, got {value.item()}")
+        self.variance_offset.copy_(value.reshape(()))
+        self.offset_is_set = not self.variance_offset.is_meta
 
     def update_variance_offset(self, gain: Tensor, first: BHyT) -> None:
         """Set the offset to gain * lam1^2 / kappa1^2, lam1 and kappa1 being those of the block's exact site `first`.
@@ -180,29 +307,67 @@ class BHyTApprox(_Site):
         gain: c, from `bhyt.attention_gain`.
 
         Raises:
+            TypeError: `first` is not an exact site.
             RuntimeError: the gain of `first` is folded into W_V (see `bhyt.fold_gain`), so that c is not the model's.
         """
+        if not isinstance(first, BHyT):
+            raise TypeError(f"first: expected the block's exact site, a bhyt.BHyT, got {type(first).__name__}")
         if hasattr(first, "gain_folded"):
             raise RuntimeError("first: its gain is folded into W_V, of which c must not be computed; unfold it before")
         self.set_variance_offset(gain * (whole(first.lam).detach().to(gain).reshape(()) / first.kappa).square())
 
-    def _check_offset(self) -> None:
+    def _offset(self) -> Tensor:
+        """The offset, if there is one."""
         if not self.offset_is_set:
-            raise RuntimeError(
-                "BHyTApprox: the variance offset has not been set; call update_variance_offset(gain, first) or"
-                " set_variance_offset(offset) after construction or loading"
-            )
+            if _scripting():
+                is_set = not bool(torch.isnan(self.variance_offset))
+            else:
+                is_set = self.has_variance_offset()
+            if not is_set:
+                raise RuntimeError(
+                    "BHyTApprox: the variance offset has not been set; call update_variance_offset(gain, first) or"
+                    " set_variance_offset(offset) after construction, or after loading weights that were saved without"
+                )
+        return self.variance_offset
 
-    def forward(self, x: Tensor, variance: Tensor) -> Tensor:
-        """x [..., d], variance [..., 1] of the block's exact site -> y [..., d] in x's dtype."""
-        self._check_offset()
-        return F.forward_approx(
-            x, variance, self.variance_offset, self.weight, self.lam, self.kappa, self.eps
-        )
+    def forward(self, x: Tensor, variance: Tensor, residual: Optional[Tensor] = None) -> Tensor:
+        """y, or (y, sum) with a residual.
+
+        Args:
+            x: [..., d] rows, any floating dtype.
+            variance: [..., 1], as the block's exact site returned it.
+            residual: [..., d], of x's dtype or a wider one: the site is that of sum = x + residual, which is returned
+                behind y, in residual's dtype.
+
+        Returns:
+            y [..., d] in x's dtype; a tuple with a residual, for which TorchScript has `forward_add`.
+
+        Raises:
+            RuntimeError: the offset has not been set.
+        """
+        if _scripting():
+            if residual is not None:
+                raise RuntimeError("BHyTApprox: in TorchScript call the method with this return type, forward_add")
+            return F.forward_approx(x, variance, self._offset(), self.weight, self.lam, self.kappa, self.eps)
+        else:
+            y: Tensor = self._run(x, variance, residual)
+            return y
+
+    def _run(self, x: Tensor, variance: Tensor, residual: Optional[Tensor]) -> Any:
+        if x.is_nested:
+            return _on_values(self._run, x, {"variance": variance, "residual": residual})
+        _check_width(x, self.hidden_size)
+        offset = self._offset()
+        if residual is None:
+            return F.forward_approx(x, variance, offset, self.weight, self.lam, self.kappa, self.eps)
+        return F.add_forward_approx(x, residual, variance, offset, self.weight, self.lam, self.kappa, self.eps)
 
     def forward_add(self, x: Tensor, residual: Tensor, variance: Tensor) -> Tuple[Tensor, Tensor]:
-        """(x, residual) [..., d], variance [..., 1] -> (y, sum) with sum = x + residual in residual's dtype."""
-        self._check_offset()
-        return F.add_forward_approx(
-            x, residual, variance, self.variance_offset, self.weight, self.lam, self.kappa, self.eps
-        )
+        """self(x, variance, residual): (y, sum) with sum = x + residual."""
+        if _scripting():
+            return F.add_forward_approx(
+                x, residual, variance, self._offset(), self.weight, self.lam, self.kappa, self.eps
+            )
+        else:
+            pair: Tuple[Tensor, Tensor] = self(x, variance, residual)
+            return pair

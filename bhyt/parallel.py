@@ -2,9 +2,8 @@
 
 Importing this module registers the rules. `import bhyt` does not: it would load torch.distributed.tensor, which takes
 half as long as torch itself. DDP and FSDP2 need nothing from here: they give plain parameters to the forward of the
-modules they wrap. That is best a whole layer. A site that `fully_shard` wraps on its own must be told which methods are
-called, by `torch.distributed.fsdp.register_fsdp_forward_method(site, "forward_add")`, and under a mixed precision
-policy needs `cast_forward_inputs=False`, since variances stay float32.
+modules they wrap. That is best a whole layer. A site that `fully_shard` wraps on its own under a mixed precision policy
+needs `cast_forward_inputs=False`, since variances stay float32.
 
 No communication, forward or backward:
     rows sharded in any leading dimension (batch, sequence): every op
@@ -86,14 +85,11 @@ for _name in _OPS:
     _register(getattr(torch.ops.bhyt, _name).default)
 
 
-_METHODS = ("forward", "forward_with_variance", "forward_add", "forward_add_with_variance")
-
-
 class SequenceParallelSite(ParallelStyle):
     """For `parallelize_module`: a site computes on its shard of the sequence, without communication.
 
-    `torch.distributed.tensor.parallel.SequenceParallel` prepares the first argument of `forward`; a site's rows,
-    residual and variance travel through other methods too, and this prepares all of them. Arguments are DTensors
+    `torch.distributed.tensor.parallel.SequenceParallel` prepares the first argument alone; this prepares a site's rows,
+    residual and variance. Arguments are DTensors
     (redistributed if they are not sharded in the sequence) or plain tensors, taken as this rank's shard; results are
     DTensors or plain tensors accordingly. Parameters and buffers become replicated, with the values of rank 0.
 
@@ -112,15 +108,15 @@ class SequenceParallelSite(ParallelStyle):
         if not isinstance(module, (BHyT, BHyTApprox)):
             raise TypeError(f"SequenceParallelSite: expected bhyt.BHyT or bhyt.BHyTApprox, got {type(module).__name__}")
         distribute_module(module, device_mesh)
-        for name in _METHODS:
-            if hasattr(module, name):
-                method = _on_shards(getattr(type(module), name), device_mesh, Shard(self.sequence_dim))
-                setattr(module, name, types.MethodType(method, module))
+        forward = _on_shards(type(module).forward, device_mesh, Shard(self.sequence_dim))
+        setattr(module, "forward", types.MethodType(forward, module))
         return module
 
 
 def _on_shards(method: Callable[..., Any], mesh: DeviceMesh, shard: Shard) -> Callable[..., Any]:
     def to_shard(rows: Any) -> Any:
+        if not isinstance(rows, torch.Tensor):
+            return rows  # an option, or no residual
         if isinstance(rows, DTensor):
             return rows.redistribute(mesh, [shard])
         return DTensor.from_local(rows, mesh, [shard], run_check=False)

@@ -177,13 +177,14 @@ def test_rows_and_hidden_sharded() -> None:
 
 
 class Chain(nn.Module):
-    """Every method of the sites, with a pointwise branch between them."""
+    """Every way into a site, with a pointwise branch between them; CommDebugMode wants each module called once."""
 
     def __init__(self) -> None:
         super().__init__()
         self.first, self.second = bhyt.BHyT(WIDTH, lam=2.0), bhyt.BHyTApprox(WIDTH)
         self.third, self.last = bhyt.BHyT(WIDTH, lam=1.5, learnable_lam=False), bhyt.BHyTApprox(WIDTH)
-        for site in (self.first, self.second, self.third, self.last):
+        self.fourth, self.fifth = bhyt.BHyT(WIDTH, lam=2.0), bhyt.BHyT(WIDTH)
+        for site in self.children():
             nn.init.uniform_(site.weight, 0.5, 1.5)
         self.second.set_variance_offset(0.25)
         self.last.set_variance_offset(0.5)
@@ -192,8 +193,8 @@ class Chain(nn.Module):
         y, variance = self.first.forward_with_variance(x)
         y, x = self.second.forward_add(y.sin(), residual=x, variance=variance)
         y, x, variance = self.third.forward_add_with_variance(y.sin(), x)
-        y, x = self.first.forward_add(self.last(y.sin(), variance), x)
-        return self.first(y) + x
+        y, x = self.fourth(self.last(y.sin(), variance), residual=x)
+        return self.fifth(y) + x
 
 
 def chains() -> Sequence[Chain]:

@@ -356,22 +356,23 @@ def test_other_decoders_convert(family: str) -> None:
         check_twin(model)
 
 
-def test_meta_device(tmp_path: Path) -> None:
-    """Converted without memory, then given weights: the offsets are unset until the refresh."""
+def test_meta_device() -> None:
+    """Converted without memory, then given weights: offsets that come with them are in force, and a layer that got none
+    computes its own at its first call."""
     model = converted()
-    with torch.device("meta"):
-        empty = stock()
-    hf.convert(empty, seq_len=32)
-    empty.load_state_dict(model.state_dict(), assign=True)
-    empty.model.rotary_emb = model.model.rotary_emb
-    for layer, other in zip(empty.model.layers, model.model.layers):
-        layer.post_attention_layernorm.to_empty(device="cpu")
-        layer.post_attention_layernorm.load_state_dict(other.post_attention_layernorm.state_dict())
-    with pytest.raises(RuntimeError, match="offset has not been set"):
-        empty(ids())
-    hf.refresh(empty)
-    with torch.no_grad():
-        assert same_bits(empty.eval()(ids()).logits, model(ids()).logits)
+    for dropped in ("", "variance_offset"):
+        with torch.device("meta"):
+            empty = stock()
+        hf.convert(empty, seq_len=32)
+        with pytest.raises(RuntimeError, match="offset has not been set"):
+            empty(ids().to("meta"))
+        state = {name: tensor for name, tensor in model.state_dict().items() if not dropped or dropped not in name}
+        empty.load_state_dict(state, assign=True)
+        empty.model.rotary_emb = model.model.rotary_emb
+        for layer in empty.model.layers if dropped else ():
+            layer.post_attention_layernorm.variance_offset = torch.tensor(float("nan"))
+        with torch.no_grad():
+            assert same_bits(empty.eval()(ids()).logits, model(ids()).logits)
 
 
 def test_outputs_of_every_layer() -> None:

@@ -3,7 +3,7 @@
 import copy
 import io
 import pickle
-from typing import Tuple, Union
+from typing import Any, Callable, Tuple, Union
 
 import pytest
 import torch
@@ -51,7 +51,7 @@ def test_frozen_lam_is_a_buffer(kind: type) -> None:
     """learnable_lam=False: no parameter, but in the state dict; training never changes it."""
     site = ready(kind, lam=2.0, learnable_lam=False)
     assert [name for name, _ in site.named_parameters()] == ["weight"]
-    assert "lam" in dict(site.named_buffers()) and list(site.state_dict()) == ["weight", "lam"]
+    assert "lam" in dict(site.named_buffers()) and list(site.state_dict())[:2] == ["weight", "lam"]
     run(site, torch.randn(3, D)).sum().backward()
     assert site.lam.grad is None and site.weight.grad is not None
 
@@ -60,19 +60,31 @@ def test_frozen_lam_is_a_buffer(kind: type) -> None:
 def test_without_gain(kind: type) -> None:
     """elementwise_affine=False: weight is None, as torch.nn.RMSNorm has it."""
     site = ready(kind, elementwise_affine=False)
-    assert site.weight is None and list(site.state_dict()) == ["lam"]
+    assert site.weight is None and list(site.state_dict())[:1] == ["lam"]
     assert run(site, torch.randn(3, D)).shape == (3, D)
+    for wrong in (torch.randn(3, D + 1), torch.randn(3, 1), torch.tensor(1.0)):
+        with pytest.raises(ValueError, match=rf"x: expected \[..., {D}\]"):
+            site(wrong) if kind is bhyt.BHyT else site(wrong, torch.ones(3, 1))
 
 
 @pytest.mark.parametrize("kind", SITES)
 @pytest.mark.parametrize(
     "size, options, message",
-    ((0, {}, "hidden_size.*0"), (D, {"kappa": 0}, "kappa.*0"), (D, {"eps": -1}, "eps.*-1")),
+    (
+        (0, {}, "hidden_size.*0"), ((D, D), {}, "hidden_size.*24, 24"), (2.5, {}, "hidden_size.*2.5"),
+        (D, {"kappa": 0}, "kappa.*0"), (D, {"eps": -1}, "eps.*-1"), (D, {"eps": None}, "eps.*None"),
+    ),
 )
-def test_bad_options(kind: type, size: int, options: dict, message: str) -> None:
+def test_bad_options(kind: type, size: Any, options: dict, message: str) -> None:
     """Refused when constructed, not when first run."""
     with pytest.raises(ValueError, match=message):
         kind(size, **options)
+
+
+@pytest.mark.parametrize("kind", SITES)
+def test_shape_of_one_dimension(kind: type) -> None:
+    """A shape, as torch.nn.RMSNorm takes it."""
+    assert kind((D,)).hidden_size == kind([D]).hidden_size == D
 
 
 @pytest.mark.parametrize("kind", SITES)
@@ -85,11 +97,12 @@ def test_repr(kind: type) -> None:
 
 @pytest.mark.parametrize("kind", SITES)
 def test_state_dict(kind: type) -> None:
-    """Exactly weight [d] and lam [1] (SPEC.md section 4); strict load; a missing or foreign key is an
-    error."""
+    """weight [d] and lam [1], and an approximate site's offset, a float32 scalar; strict load; a missing or foreign key
+    is an error, and so is the state of an approximate site in an exact one."""
     site = ready(kind, lam=2.0)
     state = site.state_dict()
-    assert {name: t.shape for name, t in state.items()} == {"weight": (D,), "lam": (1,)}
+    offset = {} if kind is bhyt.BHyT else {"variance_offset": ()}
+    assert {name: t.shape for name, t in state.items()} == {"weight": (D,), "lam": (1,)} | offset
     other = ready(kind)
     other.load_state_dict(state, strict=True)
     x = torch.randn(3, D)
@@ -98,6 +111,48 @@ def test_state_dict(kind: type) -> None:
         other.load_state_dict({"weight": state["weight"]})
     with pytest.raises(RuntimeError, match="Unexpected key"):
         other.load_state_dict({**state, "bias": state["weight"]})
+    if offset:
+        with pytest.raises(RuntimeError, match="Unexpected key.*variance_offset"):
+            bhyt.BHyT(D).load_state_dict(state)
+
+
+@pytest.mark.parametrize("assign", (False, True))
+@pytest.mark.parametrize("wrap", (lambda site: site, nn.Sequential))
+def test_loading_never_leaves_an_old_offset(wrap: Callable[[nn.Module], nn.Module], assign: bool) -> None:
+    """The saved offset is in force; that of a site that was unset, or none (the authors' files, an exact site's), leaves
+    the site unset, and strict loading accepts it."""
+    x = torch.randn(3, D)
+    saved = ready(bhyt.BHyTApprox)
+    saved.set_variance_offset(0.75)
+    site = ready(bhyt.BHyTApprox)
+    wrap(site).load_state_dict(wrap(saved).state_dict(), assign=assign)
+    assert site.variance_offset.item() == 0.75 and same_bits(run(site, x), run(saved, x))
+    for without in (bhyt.BHyT(D), bhyt.BHyTApprox(D)):
+        site = ready(bhyt.BHyTApprox)
+        result = wrap(site).load_state_dict(wrap(without).state_dict(), assign=assign)
+        assert not result.missing_keys and not result.unexpected_keys
+        with pytest.raises(RuntimeError, match="offset has not been set"):
+            run(site, x)
+        assert site.variance_offset.isnan()
+
+
+def test_offset_written_from_outside() -> None:
+    """Loaders that write buffers without load_state_dict (accelerate, transformers), also in another dtype."""
+    site = bhyt.BHyTApprox(D)
+    site._buffers["variance_offset"] = torch.tensor(0.25, dtype=torch.bfloat16)
+    assert same_bits(run(site, torch.ones(3, D)), run(ready(bhyt.BHyTApprox, elementwise_affine=False), torch.ones(3, D)))
+    assert site.variance_offset.dtype == torch.float32
+
+
+def test_averaged_model() -> None:
+    """torch.optim.swa_utils: a copy's offset follows, whichever way it keeps buffers."""
+    for use_buffers in (False, True):
+        site = ready(bhyt.BHyTApprox)
+        average = torch.optim.swa_utils.AveragedModel(site, use_buffers=use_buffers)
+        for offset in (0.5, 1.0):
+            site.set_variance_offset(offset)
+            average.update_parameters(site)
+        assert average.module.variance_offset.item() == (0.75 if use_buffers else 1.0)
 
 
 @pytest.mark.parametrize("learnable", (True, False))
@@ -143,16 +198,24 @@ def test_meta_initialisation(kind: type, learnable: bool) -> None:
 
 
 def test_meta_after_the_offset_was_set() -> None:
-    """An offset set while on meta has no value: after to_empty, and reset_parameters or a loaded state dict,
-    the site refuses to run rather than to use undefined memory. USERS row 27."""
-    state = ready(bhyt.BHyTApprox).state_dict()
-    for finish in (lambda site: site.reset_parameters(), lambda site: site.load_state_dict(state)):
+    """An offset set while on meta has no value: after to_empty, and reset_parameters, the site refuses to run rather than
+    to use undefined memory; a loaded state dict brings one, assigned or copied. USERS row 27."""
+    def empty() -> bhyt.BHyTApprox:
         site = bhyt.BHyTApprox(D, device="meta")
         site.set_variance_offset(0.25)
-        site = site.to_empty(device="cpu")
-        finish(site)
+        return site
+
+    x, saved = torch.randn(3, D), ready(bhyt.BHyTApprox)
+    for site in (empty().to_empty(device="cpu"), empty().to_empty(device="cpu")):
+        site.weight.data.fill_(1.0)
         with pytest.raises(RuntimeError, match="offset"):
-            run(site, torch.randn(3, D))
+            run(site, x)
+        site.reset_parameters()
+    loaded = empty(), empty().to_empty(device="cpu")
+    loaded[0].load_state_dict(saved.state_dict(), assign=True)
+    loaded[1].load_state_dict(saved.state_dict())
+    for site in loaded:
+        assert same_bits(run(site, x), run(saved, x))
 
 
 @pytest.mark.parametrize("kind", SITES)
@@ -179,15 +242,12 @@ def test_offset_set_under_inference_mode_then_training() -> None:
 
 
 def test_approximate_site_refuses_before_its_offset() -> None:
-    """Every way of running it raises, with the two methods that help; after loading a state dict too."""
+    """Every way of running it raises, with the two methods that help."""
     site = bhyt.BHyTApprox(D)
     x, v = torch.randn(3, D), torch.ones(3, 1)
     for call in (lambda: site(x, v), lambda: site.forward_add(x, x, v)):
         with pytest.raises(RuntimeError, match="update_variance_offset.*set_variance_offset"):
             call()
-    site.load_state_dict(ready(bhyt.BHyTApprox).state_dict())
-    with pytest.raises(RuntimeError, match="offset"):
-        site(x, v)
     site.set_variance_offset(0.0)
     assert site(x, v).shape == x.shape
 
@@ -199,15 +259,23 @@ def test_variance_offset() -> None:
     second.update_variance_offset(torch.tensor(2.0), first)
     assert second.variance_offset is buffer and not buffer.requires_grad
     assert buffer.item() == pytest.approx(2.0 * 9 / 25, rel=1e-6)
-    assert "variance_offset" not in second.state_dict()
     with pytest.raises(ValueError, match="one element.*2"):
         second.set_variance_offset(torch.zeros(2))
+    for wrong in (-1.0, float("nan"), torch.tensor(-0.5)):
+        with pytest.raises(ValueError, match="offset: expected a number >= 0"):
+            second.set_variance_offset(wrong)
+    with pytest.raises(TypeError, match="first: expected the block's exact site.*BHyTApprox"):
+        second.update_variance_offset(torch.tensor(2.0), second)
+    assert buffer.item() == pytest.approx(2.0 * 9 / 25, rel=1e-6)
 
 
-def test_casting_a_model_keeps_the_offset_right() -> None:
-    """.to(bfloat16) and .half() leave a site that runs, its offset rounded at most."""
+def test_casting_a_model_keeps_the_offset() -> None:
+    """.to(bfloat16), .half() and .double() leave the offset the float32 it is."""
     for dtype in (torch.bfloat16, torch.float16, torch.float64):
-        site = ready(bhyt.BHyTApprox).to(dtype)
+        site = ready(bhyt.BHyTApprox)
+        site.set_variance_offset(1e-9)
+        site.to(dtype)
+        assert site.weight.dtype == dtype and same_bits(site.variance_offset, torch.tensor(1e-9))
         x = torch.randn(3, D, dtype=dtype)
         v = (
             x.double()
@@ -216,7 +284,6 @@ def test_casting_a_model_keeps_the_offset_right() -> None:
             .to(torch.float64 if dtype == torch.float64 else torch.float32)
         )
         assert site(x, v).dtype == dtype
-        assert site.variance_offset.item() == 0.25
 
 
 def test_methods_agree() -> None:
@@ -230,6 +297,57 @@ def test_methods_agree() -> None:
     assert same_bits(total, x + residual) and same_bits(first(total), y)
     y2, total2 = second.forward_add(x, residual, v)
     assert same_bits(total2, total) and same_bits(second(total, v), y2)
+    assert all(map(same_bits, first(x, residual, return_variance=True), (y, total, v)))
+    assert all(map(same_bits, first(x, return_variance=True), first.forward_with_variance(x)))
+    assert all(map(same_bits, second(x, v, residual), (y2, total2)))
+
+
+def test_hooks_see_every_call() -> None:
+    """Forward and backward hooks fire once for each way into a site."""
+    first, second = ready(bhyt.BHyT), ready(bhyt.BHyTApprox)
+    x, residual, v = torch.randn(3, D, requires_grad=True), torch.randn(3, D), torch.ones(3, 1)
+    calls = [
+        (first, lambda: first(x)), (first, lambda: first.forward_with_variance(x)),
+        (first, lambda: first.forward_add(x, residual)), (first, lambda: first.forward_add_with_variance(x, residual)),
+        (second, lambda: second(x, v)), (second, lambda: second.forward_add(x, residual, v)),
+    ]
+    for site, call in calls:
+        seen: list = []
+        handles = [
+            site.register_forward_hook(lambda module, args, output: seen.append((args[0], output))),
+            site.register_full_backward_hook(lambda module, grads_in, grads_out: seen.append(grads_in[0])),
+        ]
+        output = call()
+        y = output[0] if isinstance(output, tuple) else output
+        y.sum().backward()
+        assert len(seen) == 2 and seen[0][0] is not None and torch.equal(seen[0][0], x)
+        shown = seen[0][1][0] if isinstance(output, tuple) else seen[0][1]
+        assert same_bits(shown, y) and same_bits(seen[1], x.grad)
+        x.grad = None
+        for handle in handles:
+            handle.remove()
+
+
+def test_jagged_nested_tensors() -> None:
+    """Each sequence's rows as on their own, sum and variance too, and gradients; other raggedness is an error."""
+    first, second = ready(bhyt.BHyT), ready(bhyt.BHyTApprox)
+    rows = [torch.randn(n, D) for n in (3, 5, 1)]
+    x = torch.nested.nested_tensor(rows, layout=torch.jagged, requires_grad=True)
+    y, total, v = first(x, residual=x * 2, return_variance=True)
+    y2, _ = second(total, v, residual=x)
+    for i, row in enumerate(rows):
+        expected = first(row, residual=row * 2, return_variance=True)
+        assert all(map(same_bits, (y.unbind()[i], total.unbind()[i], v.unbind()[i]), expected))
+        assert same_bits(y2.unbind()[i], second(expected[1], expected[2], residual=row)[0])
+    assert y.shape == x.shape and same_bits(first(x).values(), first(x.values()))
+    y.values().square().sum().backward()
+    flat = torch.cat(rows).requires_grad_()
+    first(flat, residual=flat * 2)[0].square().sum().backward()
+    assert torch.allclose(x.grad.values(), flat.grad)
+    other = torch.nested.nested_tensor([torch.randn(n, D) for n in (3, 3, 3)], layout=torch.jagged)
+    for wrong in (other, torch.randn(9, D)):
+        with pytest.raises(ValueError, match="residual: expected"):
+            first(x, residual=wrong)
 
 
 class Block(nn.Module):
@@ -279,3 +397,27 @@ def test_script_block() -> None:
         results.append([branch.detach(), total.detach(), x.grad, r.grad, *grads])
         assert all(grad is not None and grad.any() for grad in results[-1])
     assert all(map(same_bits, *results))
+
+
+def test_parameter_groups() -> None:
+    """Matrices decay, gains, biases and lam do not; frozen ones are left out, shared ones come once. 200 steps of AdamW
+    without gradients leave lam where it was."""
+    block = Block()
+    block.mlp.weight = block.mix.weight
+    block.first.weight.requires_grad_(False)
+    decayed, kept = bhyt.parameter_groups(block, weight_decay=0.1)
+    assert (decayed["weight_decay"], kept["weight_decay"]) == (0.1, 0.0)
+    assert [id(p) for p in decayed["params"]] == [id(block.mix.weight)]
+    names = {id(p): name for name, p in block.named_parameters()}
+    assert {names[id(p)] for p in kept["params"]} == {
+        "first.lam", "second.weight", "second.lam", "mix.bias", "mlp.bias",
+    }
+    optimizer = torch.optim.AdamW([decayed, kept], lr=1e-2)
+    before = block.mix.weight.norm().item()
+    for _ in range(200):
+        for p in (*decayed["params"], *kept["params"]):
+            p.grad = torch.zeros_like(p)
+        optimizer.step()
+    assert block.first.lam.item() == 2.0 and block.mix.weight.norm().item() < 0.9 * before
+    with pytest.raises(ValueError, match="no parameter that requires"):
+        bhyt.parameter_groups(block.requires_grad_(False), 0.1)

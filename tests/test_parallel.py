@@ -15,7 +15,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import Replicate, Shard
 from torch.distributed.tensor.parallel import ColwiseParallel, PrepareModuleInput, RowwiseParallel, parallelize_module
 
@@ -136,12 +136,10 @@ def test_fsdp2() -> None:
 
 
 def shard_sites(model: nn.Module, **options) -> None:
-    """Each layer's sites on their own; FSDP2 has to know the methods that are called."""
+    """Each layer's sites on their own."""
     for layer in model.model.layers:
         fully_shard(layer.input_layernorm, **options)
         fully_shard(layer.post_attention_layernorm, **options)
-        register_fsdp_forward_method(layer.input_layernorm, "forward_with_variance")
-        register_fsdp_forward_method(layer.post_attention_layernorm, "forward_add")
 
 
 @processes(2)

@@ -1,0 +1,127 @@
+"""A model in memory becomes one with BHyT sites; `transformers` loads it from then on as what it is."""
+
+import warnings
+from dataclasses import asdict
+from typing import Any, Iterator, Optional
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from bhyt.hf.classes import BHyTConfigMixin, adopt, config_class
+from bhyt.hf.layer import ConvertedLayer, decoder_layers
+from bhyt.hf.sites import NORM_TYPES, Plan, SiteFields
+
+
+def convert(
+    model: nn.Module,
+    *,
+    norm_type: str = "bhyt",
+    input_layer_lam: float = 2.0,
+    post_layer_lam: float = 1.0,
+    last_layer_lam: float = 0.0,
+    learnable_lam: bool = True,
+    kappa: float = 10.0,
+    eps: Optional[float] = None,
+    seq_len: Optional[int] = None,
+    use_gamma_var: Optional[bool] = None,
+    exact_layers: int = 0,
+    warm_start: bool = False,
+) -> int:
+    """Turn the norms of a decoder's layers into BHyT sites, in place; its class and config become those of bhyt_*.
+
+    The residual add behind the attention is fused into the second site. Before or after PEFT wraps the model; before
+    torch.compile, DDP and FSDP.
+
+    Args:
+        model: a `transformers` decoder of a family in `bhyt.hf.FAMILIES`, with or without its head.
+        norm_type: "bhyt" or "bhytline": exact first and approximate second sites; "bhytstar": both exact.
+        input_layer_lam, post_layer_lam: initial lam of a layer's first and second sites.
+        last_layer_lam: above 0, and not with "bhytstar", the final norm becomes an exact site with this lam; otherwise
+            it stays what it is.
+        learnable_lam: False makes lam a buffer.
+        kappa: see `bhyt.BHyT`.
+        eps: of the sites; None takes that of the norms.
+        seq_len: T, the sequence length the model is built for; needed for approximate sites unless
+            `model.config.seq_len` gives it. It is never taken from a batch.
+        use_gamma_var: multiply the variance that attention adds by the mean square of the first site's gain, as the
+            authors' option of this name does; None: when warm_start is given, whose gains are far from 1.
+        exact_layers: so many layers from the first on get exact second sites too. 1 costs one reduction per model,
+            and does without the approximation where it fails: small embeddings in front of the first attention.
+        warm_start: multiply each gain by kappa / lam, so that for small arguments a site is the RMSNorm it replaces;
+            the first deviation is -(lam/kappa)^2 / 3 (x/rms)^2 relative. For models that were trained with RMSNorm.
+            Only exact sites ("bhytstar") begin so near: trained attention adds more variance than the others
+            assume.
+
+    Returns:
+        The number of sites.
+
+    Raises:
+        ValueError: another norm_type; no seq_len; exact_layers below 0; a model that is converted already, or was saved
+            as one and loaded as something else; one of another family, without a layer that fits, or that computes
+            something else than is assumed above. Nothing has been changed then.
+    """
+    config = _config_of(model)
+    if isinstance(config, BHyTConfigMixin):
+        raise ValueError("model: has been converted already")
+    if getattr(config, "norm_type", None) in NORM_TYPES:
+        raise ValueError(
+            f"model: its config says norm_type {config.norm_type!r}, so it was saved with BHyT sites, and without them"
+            " it is not that model; load it with bhyt.hf.from_pretrained"
+        )
+    plan = Plan(model, SiteFields(
+        norm_type=norm_type, input_layer_lam=input_layer_lam, post_layer_lam=post_layer_lam,
+        last_layer_lam=last_layer_lam, learnable_lam=learnable_lam, bhyt_kappa=kappa, bhyt_eps=eps,
+        seq_len=seq_len or getattr(config, "seq_len", None),
+        use_gamma_var=warm_start if use_gamma_var is None else use_gamma_var, var_approx_exact_layers=exact_layers,
+    ))  # fmt: skip
+    converted_class = config_class(getattr(config, "model_type", type(model).__name__))
+    if not warm_start and any((norm.weight != 1).any() for norm in plan.norms if not norm.weight.is_meta):
+        warnings.warn(
+            "bhyt.hf.convert: the norms of this model have been trained; as BHyT sites they compute another function,"
+            " and the model needs further training (warm_start=True begins near the old one)",
+            stacklevel=2,
+        )
+    sites = plan.install(config, warm_start)
+    config.__class__ = converted_class
+    for name, value in asdict(plan.fields).items():
+        setattr(config, name, value)
+    adopt(model, config)
+    if not any(parameter.is_meta for parameter in model.parameters()):
+        refresh(model)
+    return sites
+
+
+def _config_of(model: nn.Module) -> Any:
+    """That of the transformers model that holds the layers; of a decoder inside a larger model, the decoder's own."""
+    holders = [module for module in model.modules() if isinstance(module, PreTrainedModel) and any(decoder_layers(module))]
+    return holders[-1].config if holders else getattr(model, "config", None)
+
+
+def converted_layers(model: nn.Module) -> Iterator[ConvertedLayer]:
+    return (module for module in model.modules() if isinstance(module, ConvertedLayer))
+
+
+def refresh(model: nn.Module) -> int:
+    """Recompute every approximate site's constant from W_V, W_O and the first site's parameters, as they are now.
+
+    Every so many steps of training (see `refresh_callback`), and after weights were changed by hand. Adapters, active
+    ones, count. With weights that FSDP2, tensor parallelism or DeepSpeed's ZeRO-3 have sharded, every process must call
+    it.
+
+    Args:
+        model: a converted model, as it is or wrapped (PEFT, DDP, FSDP2, torch.compile).
+
+    Returns:
+        The number of approximate sites.
+
+    Raises:
+        ValueError: the model has not been converted.
+        RuntimeError: its gains are folded (see `bhyt.fold_gain`), or its weights are on the meta device.
+    """
+    layers = list(converted_layers(model))
+    if not layers:
+        raise ValueError(f"model: {type(model).__name__} has not been converted")
+    approximate = [layer for layer in layers if layer.approximate]
+    for layer in approximate:
+        layer.refresh()
+    return len(approximate)

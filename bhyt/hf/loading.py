@@ -1,0 +1,92 @@
+"""Folders that do not name a BHyT model type: the authors' checkpoints, and what earlier releases of this package saved."""
+
+from pathlib import Path
+from typing import Any, Dict, Optional
+
+from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.models.auto import modeling_auto
+
+from bhyt.hf.classes import BHyTConfigMixin, config_class
+from bhyt.hf.sites import NORM_TYPES
+
+# Fields of the authors' code that change what a model computes, and the values that this package computes.
+_AUTHORS_DEFAULTS = {
+    "bhyt_layer_range": None, "bhyt_kappa_schedule": None, "var_approx_method": "baseline",
+    "var_approx_calibration": None, "var_approx_exact_layer_list": None,
+    "lam_layer_scale": False, "lam_layer_rscale": False,
+}  # fmt: skip
+
+
+def from_pretrained(path: Any, **options: Any) -> Any:
+    """A causal language model with the sites its config describes, whatever model type it names.
+
+    `AutoModelForCausalLM.from_pretrained` does the same for folders that this release has saved, and loads these too;
+    needed where config.json has a plain model type beside a norm_type: earlier releases, the authors' checkpoints.
+    Offsets that are not in the weights are computed from them.
+
+    Args:
+        path: a folder, or the name of a repository on a hub.
+        options: as `AutoModelForCausalLM.from_pretrained` takes them (dtype, device_map, revision, ..).
+
+    Raises:
+        ValueError: the config names no BHyT norm_type, or no seq_len for approximate sites.
+        RuntimeError: parameters are missing or unknown.
+    """
+    config = AutoConfig.from_pretrained(path, **{name: options[name] for name in _HUB_OPTIONS if name in options})
+    if not isinstance(config, BHyTConfigMixin):
+        config = _translated(config)
+    weights = None if config.learnable_lam else _with_lam_of_one_dimension(path)
+    if weights is None:
+        loader, source = AutoModelForCausalLM, path
+    else:  # transformers takes either weights or a path, and the Auto classes a path only
+        loader, source, options["state_dict"] = modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING[type(config)], None, weights
+    model, report = loader.from_pretrained(source, config=config, output_loading_info=True, **options)
+    missing, unexpected = sorted(report["missing_keys"]), sorted(report["unexpected_keys"])
+    if missing or unexpected:
+        raise RuntimeError(f"{path}: missing {missing}, unexpected {unexpected}")
+    return model
+
+
+_HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
+
+
+def _translated(config: Any) -> Any:
+    if getattr(config, "norm_type", None) not in NORM_TYPES:
+        raise ValueError(
+            f"config.norm_type: expected one of {', '.join(NORM_TYPES)}, got {getattr(config, 'norm_type', None)!r}"
+        )
+    fields = {name: value for name, value in config.to_dict().items() if name != "model_type" and value is not None}
+    fields.setdefault("bhyt_eps", 1e-6)  # that of the authors' code, which has no such field
+    return config_class(config.model_type)(**fields)
+
+
+def _with_lam_of_one_dimension(path: Any) -> Optional[Dict[str, Any]]:
+    """The weights, if there is a frozen lam among them as the authors save it, without a dimension."""
+    from safetensors import safe_open
+    from safetensors.torch import load_file
+
+    files = sorted(Path(path).glob("*.safetensors"))
+    for file in files:
+        with safe_open(file, framework="pt") as weights:
+            if any(name.endswith(".lam") and not weights.get_slice(name).get_shape() for name in weights.keys()):
+                break
+    else:
+        return None
+    tensors = {name: tensor for file in files for name, tensor in load_file(file).items()}
+    return {name: tensor.reshape(1) if name.endswith(".lam") else tensor for name, tensor in tensors.items()}
+
+
+def load_authors_checkpoint(path: Any, **options: Any) -> Any:
+    """A running model from the authors' config and weights; their parameter names are those of a converted model.
+
+    As `from_pretrained`, but fields that their code knows and this one does not compute raise instead of being ignored.
+
+    Raises:
+        NotImplementedError: the config asks for one of them: sites in some layers only, kappa by depth, other
+            approximations of the variance.
+    """
+    config = AutoConfig.from_pretrained(path, **{name: options[name] for name in _HUB_OPTIONS if name in options})
+    for field, default in _AUTHORS_DEFAULTS.items():
+        if getattr(config, field, default) not in (default, None):
+            raise NotImplementedError(f"config.{field}: not supported, the config asks for {getattr(config, field)!r}")
+    return from_pretrained(path, **options)

@@ -1,0 +1,100 @@
+"""Which sites a model gets: what its config says of them, and putting them in the places of its norms."""
+
+from dataclasses import dataclass, replace
+from typing import Any, List, Optional, Type
+
+import torch
+from torch import nn
+
+from bhyt.hf.checks import check_attention, check_layer, check_norm
+from bhyt.hf.layer import PARTS, converted_class, decoder_layers
+from bhyt.modules import BHyT, BHyTApprox
+
+NORM_TYPES = ("bhyt", "bhytline", "bhytstar")
+
+
+@dataclass(frozen=True)
+class SiteFields:
+    """The fields that a BHyT model's config has more than its base's; see `bhyt.hf.convert`. Names are the authors'."""
+
+    norm_type: str = "bhyt"
+    input_layer_lam: float = 2.0
+    post_layer_lam: float = 1.0
+    last_layer_lam: float = 0.0
+    learnable_lam: bool = True
+    bhyt_kappa: float = 10.0
+    bhyt_eps: Optional[float] = None
+    seq_len: Optional[int] = None
+    use_gamma_var: bool = False
+    var_approx_exact_layers: int = 0
+
+
+class Plan:
+    """The sites of a model that has none yet, everything checked and nothing changed.
+
+    Attributes:
+        fields: as given, eps filled in.
+        norms: those that sites will replace.
+
+    Raises:
+        ValueError: fields that mean nothing, or a model that computes something else than layer.py opens with.
+    """
+
+    def __init__(self, model: nn.Module, fields: SiteFields) -> None:
+        if fields.norm_type not in NORM_TYPES:
+            raise ValueError(f"norm_type: expected one of {', '.join(NORM_TYPES)}, got {fields.norm_type!r}")
+        if fields.var_approx_exact_layers < 0:
+            raise ValueError(f"exact_layers: expected an integer >= 0, got {fields.var_approx_exact_layers}")
+        self._layers = list(decoder_layers(model))
+        if not self._layers:
+            raise ValueError(f"model: no layer of {type(model).__name__} has {', '.join(PARTS)}; nothing was converted")
+        exact = fields.norm_type == "bhytstar"
+        self._approximate = [] if exact else self._layers[fields.var_approx_exact_layers :]
+        for layer in self._approximate:
+            check_attention(layer.self_attn)
+        if self._approximate and not fields.seq_len:
+            longest = getattr(getattr(model, "config", None), "max_position_embeddings", "unknown")
+            raise ValueError(
+                "seq_len: approximate sites need the sequence length the model is built for (or norm_type='bhytstar');"
+                f" the model's max_position_embeddings is {longest}"
+            )
+        self._classes = [converted_class(type(layer), check_layer(layer)) for layer in self._layers]
+        self._final = _owner_of_final_norm(model, self._layers) if fields.last_layer_lam > 0 and not exact else None
+        self.norms = [norm for layer in self._layers for norm in (layer.input_layernorm, layer.post_attention_layernorm)]
+        if self._final is not None:
+            self.norms.append(self._final.norm)
+        eps = [check_norm(norm) for norm in self.norms]
+        self.fields = fields if fields.bhyt_eps is not None else replace(fields, bhyt_eps=eps[0])
+
+    def install(self, config: Any, warm_start: bool = False) -> int:
+        """Put the sites in, with the norms' gains; `config` is what the layers will read. Returns how many there are."""
+        fields = self.fields
+        for layer, layer_class in zip(self._layers, self._classes):
+            layer.config, layer.approximate = config, layer in self._approximate
+            layer.input_layernorm = self._site(layer.input_layernorm, BHyT, fields.input_layer_lam, warm_start)
+            layer.post_attention_layernorm = self._site(
+                layer.post_attention_layernorm, BHyTApprox if layer.approximate else BHyT, fields.post_layer_lam, warm_start
+            )
+            layer.__class__ = layer_class
+        if self._final is not None:
+            self._final.norm = self._site(self._final.norm, BHyT, fields.last_layer_lam, warm_start)
+        return len(self.norms)
+
+    def _site(self, norm: nn.Module, kind: Type[nn.Module], lam: float, warm_start: bool) -> nn.Module:
+        """A site in a norm's place: of its size, device and dtype, with its gain."""
+        weight, fields = norm.weight, self.fields
+        site = kind(
+            weight.shape[-1], lam=lam, kappa=fields.bhyt_kappa, eps=fields.bhyt_eps, learnable_lam=fields.learnable_lam,
+            device=weight.device, dtype=weight.dtype,
+        )
+        with torch.no_grad():
+            site.weight.copy_(weight * (fields.bhyt_kappa / lam if warm_start else 1))
+        return site.train(norm.training)
+
+
+def _owner_of_final_norm(model: nn.Module, layers: List[nn.Module]) -> Any:
+    """The module that holds the layers and the final norm."""
+    for module in model.modules():
+        if any(child is layers[-1] for child in getattr(module, "layers", ())) and hasattr(module, "norm"):
+            return module
+    raise ValueError(f"last_layer_lam: {type(model).__name__} has no final norm beside its layers")

@@ -1,0 +1,41 @@
+"""Training with `transformers.Trainer`: the callback that keeps the constants in step with the weights."""
+
+from typing import Any
+
+from torch import nn
+
+from bhyt.hf.conversion import converted_layers, refresh
+from bhyt.hf.offsets import active_site
+
+
+def refresh_callback(every: int = 10) -> Any:
+    """A `transformers.TrainerCallback` that refreshes the model every so many optimizer steps, before the first one and
+    after the last one (best weights may have been loaded then).
+
+    A resumed run goes on with the constants that were saved, as if it had not stopped.
+
+    Args:
+        every: optimizer steps between refreshes.
+
+    Raises:
+        ValueError: every is below 1.
+    """
+    from transformers import TrainerCallback  # imports the trainer: seconds
+
+    if every < 1:
+        raise ValueError(f"every: expected an integer >= 1, got {every}")
+
+    class RefreshCallback(TrainerCallback):  # type: ignore[misc]
+        def on_train_begin(self, args: Any, state: Any, control: Any, model: nn.Module, **kwargs: Any) -> None:
+            sites = [active_site(layer.post_attention_layernorm) for layer in converted_layers(model) if layer.approximate]
+            if state.global_step == 0 or not all(site.has_variance_offset() for site in sites):
+                refresh(model)
+
+        def on_step_end(self, args: Any, state: Any, control: Any, model: nn.Module, **kwargs: Any) -> None:
+            if state.global_step % every == 0:
+                refresh(model)
+
+        def on_train_end(self, args: Any, state: Any, control: Any, model: nn.Module, **kwargs: Any) -> None:
+            refresh(model)
+
+    return RefreshCallback()
