@@ -8,7 +8,7 @@ import json
 import pickle
 import types
 from pathlib import Path
-from typing import Any, List, Optional
+from typing import Any, Dict, List, Optional
 
 import pytest
 import torch
@@ -27,16 +27,20 @@ SIZES = dict(
 )
 
 
-def stock(family: str = "Llama", **options: Any) -> nn.Module:
+def stock(family: str = "Llama", head: str = "ForCausalLM", **options: Any) -> nn.Module:
     torch.manual_seed(0)
     config = getattr(transformers, f"{family}Config")(**SIZES | options)
-    return getattr(transformers, f"{family}ForCausalLM")(config).eval()
+    return getattr(transformers, f"{family}{head}")(config).eval()
 
 
-def converted(family: str = "Llama", sliding_window: Optional[int] = None, **options: Any) -> nn.Module:
+def converted(
+    family: str = "Llama", sliding_window: Optional[int] = None, head: str = "ForCausalLM",
+    tie_word_embeddings: bool = False, sizes: Optional[Dict[str, Any]] = None, **options: Any,
+) -> nn.Module:
     """A converted model whose gains and lambdas are not what they were initialised to, whose branches are as large
     as the stream: what the second sites do is seen in the logits."""
-    model = stock(family, **{"sliding_window": sliding_window} if sliding_window else {})
+    sizes = {"tie_word_embeddings": tie_word_embeddings} | (sizes or {})
+    model = stock(family, head, **sizes | ({"sliding_window": sliding_window} if sliding_window else {}))
     hf.convert(model, **{"seq_len": 32} | options)
     with torch.no_grad():
         for name, parameter in model.named_parameters():

@@ -150,13 +150,16 @@ def _class_names(model_type: str) -> Dict[str, str]:
 @functools.cache
 def model_class(base: Type[PreTrainedModel], config: Any) -> Any:
     """`base` with sites."""
-    attributes = {
+    attributes: Dict[str, Any] = {
         "config_class": config,
         # An offset may be far below what 16 bits can tell from 0. By both names: releases differ in what each means.
         "_keep_in_fp32_modules": [*(base._keep_in_fp32_modules or []), _OFFSET],
         "_keep_in_fp32_modules_strict": [*(getattr(base, "_keep_in_fp32_modules_strict", None) or []), _OFFSET],
         "_keys_to_ignore_on_load_missing": [*(base._keys_to_ignore_on_load_missing or []), _OFFSET],
     }
+    for question in ("_can_set_attn_implementation", "_can_set_experts_implementation"):  # answered by a look at the source
+        if hasattr(base, question):
+            attributes[question] = classmethod(lambda cls, ask=getattr(base, question): ask())
     made = _named(type("Model", (BHyTModelMixin, base), attributes), base, {})
     # What output_attentions and the like record is looked up by the class; models that `adopt` makes never register it.
     if hasattr(modeling_utils, "_CAN_RECORD_REGISTRY"):
