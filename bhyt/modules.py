@@ -281,10 +281,10 @@ class BHyTApprox(_Site):
         if key in state_dict:
             self.offset_is_set = False
             self.has_variance_offset()
-        else:
+        elif prefix or len(state_dict) >= len(list(self.parameters())):  # not a loader that hands over tensor by tensor
             self._unset_offset()
-            if key in missing_keys:
-                missing_keys.remove(key)
+        if key in missing_keys:
+            missing_keys.remove(key)
 
     @torch.no_grad()
     def set_variance_offset(self, offset: Union[Tensor, float]) -> None:

@@ -369,7 +369,7 @@ def test_meta_device() -> None:
             empty = stock()
         hf.convert(empty, seq_len=32)
         with pytest.raises(RuntimeError, match="offset has not been set"):
-            empty(ids().to("meta"))
+            hf.refresh(empty)
         state = {name: tensor for name, tensor in model.state_dict().items() if not dropped or dropped not in name}
         empty.load_state_dict(state, assign=True)
         empty.model.rotary_emb = model.model.rotary_emb

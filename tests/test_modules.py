@@ -136,6 +136,15 @@ def test_loading_never_leaves_an_old_offset(wrap: Callable[[nn.Module], nn.Modul
         assert site.variance_offset.isnan()
 
 
+def test_loading_tensor_by_tensor() -> None:
+    """As transformers 4 does: each tensor in a state dict of its own, the offset not last."""
+    saved, site = ready(bhyt.BHyTApprox, lam=2.0), bhyt.BHyTApprox(D, device="meta")
+    for name in ("variance_offset", "weight", "lam"):
+        site.load_state_dict({name: saved.state_dict()[name]}, strict=False, assign=True)
+    x = torch.randn(3, D)
+    assert same_bits(run(site, x), run(saved, x))
+
+
 def test_offset_written_from_outside() -> None:
     """Loaders that write buffers without load_state_dict (accelerate, transformers), also in another dtype."""
     site = bhyt.BHyTApprox(D)

@@ -5,14 +5,16 @@ when it is built. All loading is done by `transformers`.
 """
 
 import functools
+import math
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, Dict, List, Type
 
+import torch
 import transformers
 from torch import nn
 from transformers import AutoConfig, PreTrainedModel, modeling_utils
-from transformers.models.auto import configuration_auto, modeling_auto
+from transformers.models.auto import configuration_auto, modeling_auto, tokenization_auto
 
 from bhyt.hf.layer import ConvertedLayer
 from bhyt.hf.sites import Plan, SiteFields
@@ -76,10 +78,13 @@ class BHyTModelMixin:
 def refresh_unset(model: nn.Module) -> None:
     """Offsets that came with the weights stay; those that did not follow from the weights, if these are here."""
     for layer in model.modules():
-        if isinstance(layer, ConvertedLayer) and layer.approximate:
-            weights = layer.self_attn.v_proj.weight, layer.self_attn.o_proj.weight
-            if not layer.post_attention_layernorm.has_variance_offset() and not any(w.is_meta for w in weights):
-                layer.refresh()
+        if not isinstance(layer, ConvertedLayer) or not layer.approximate:
+            continue
+        site, projections = layer.post_attention_layernorm, (layer.self_attn.v_proj, layer.self_attn.o_proj)
+        if not site.has_variance_offset() and not any(p.is_meta for m in projections for p in m.parameters()):
+            if site.variance_offset.is_meta:  # transformers 4 leaves there what may be missing
+                site.variance_offset = torch.full_like(site.variance_offset, math.nan, device=site.lam.device)
+            layer.refresh()
 
 
 def adopt(model: nn.Module, config: Any) -> None:
@@ -152,11 +157,10 @@ def model_class(base: Type[PreTrainedModel], config: Any) -> Any:
     """`base` with sites."""
     attributes: Dict[str, Any] = {
         "config_class": config,
-        # An offset may be far below what 16 bits can tell from 0. By both names: releases differ in what each means.
-        "_keep_in_fp32_modules": [*(base._keep_in_fp32_modules or []), _OFFSET],
-        "_keep_in_fp32_modules_strict": [*(getattr(base, "_keep_in_fp32_modules_strict", None) or []), _OFFSET],
         "_keys_to_ignore_on_load_missing": [*(base._keys_to_ignore_on_load_missing or []), _OFFSET],
     }
+    if transformers.__version__ >= "5":  # before, loading kept the dtype of a buffer, and this list was for parameters
+        attributes["_keep_in_fp32_modules_strict"] = [*(base._keep_in_fp32_modules_strict or []), _OFFSET]
     for question in ("_can_set_attn_implementation", "_can_set_experts_implementation"):  # answered by a look at the source
         if hasattr(base, question):
             attributes[question] = classmethod(lambda cls, ask=getattr(base, question): ask())
@@ -184,6 +188,9 @@ def register() -> List[str]:
             continue
         config = config_class(model_type)
         AutoConfig.register(config.model_type, config, exist_ok=True)
+        tokenizers, base = tokenization_auto.TOKENIZER_MAPPING, configuration_auto.CONFIG_MAPPING[model_type]
+        if base in tokenizers:
+            tokenizers.register(config, tokenizers[base], exist_ok=True)
         for auto, models in AUTO_CLASSES.items():
             if model_type in models:
                 made = model_class(getattr(transformers, models[model_type]), config)
