@@ -1,7 +1,7 @@
 """The variance offset of a layer's second site: c of its attention, as its weights are now."""
 
 import contextlib
-from typing import Any, ContextManager, Iterable, List
+from typing import Any, Iterable, Iterator
 
 import torch
 from torch import Tensor, nn
@@ -17,19 +17,12 @@ def update_offset(layer: nn.Module, seq_len: int, use_gamma_var: bool) -> None:
     """Set a converted layer's offset from W_V, W_O and the first site's lam and, with use_gamma_var, gain.
 
     Raises:
-        RuntimeError: the first site's gain is folded (see `bhyt.fold_gain`); a weight is not there (meta, offloaded).
+        RuntimeError: the first site's gain is folded (see `bhyt.fold_gain`); a weight has not been loaded (meta).
     """
     attention, first = layer.self_attn, active_site(layer.input_layernorm)
     if hasattr(first, "gain_folded"):
         raise RuntimeError("model: its gains are folded into W_V, of which c must not be computed; unfold it before")
-    owners = (attention.v_proj, attention.o_proj, first)
-    parameters = [parameter for owner in owners for parameter in owner.parameters()]
-    if any(parameter.is_meta for parameter in parameters):
-        raise RuntimeError(
-            "model: a variance offset has not been set, and follows from weights that are offloaded or not loaded;"
-            " call bhyt.hf.refresh before offloading"
-        )
-    with _gathered(parameters):
+    with _present(attention.v_proj, attention.o_proj, first):
         gain = attention_gain(
             matrix_of(attention.v_proj, first.lam.dtype), matrix_of(attention.o_proj, first.lam.dtype),
             seq_len, attention.num_key_value_groups, head_dim=attention.head_dim,
@@ -58,14 +51,23 @@ def _names(adapters: Any) -> Iterable[str]:
     return [adapters] if isinstance(adapters, str) else adapters
 
 
-def _gathered(parameters: List[nn.Parameter]) -> ContextManager[Any]:
-    """Inside, weights that DeepSpeed's ZeRO-3 has partitioned are whole."""
-    if not any(hasattr(parameter, "ds_id") for parameter in parameters):
-        return contextlib.nullcontext()
-    import deepspeed
+@contextlib.contextmanager
+def _present(*owners: nn.Module) -> Iterator[None]:
+    """Inside, weights that DeepSpeed's ZeRO-3 has partitioned are whole, and those that accelerate offloads are here."""
+    parameters = [parameter for owner in owners for parameter in owner.parameters()]
+    with contextlib.ExitStack() as stack:
+        if any(hasattr(parameter, "ds_id") for parameter in parameters):
+            import deepspeed
 
-    gathered: ContextManager[Any] = deepspeed.zero.GatheredParameters(parameters)
-    return gathered
+            stack.enter_context(deepspeed.zero.GatheredParameters(parameters))
+        for module in (module for owner in owners for module in owner.modules()):
+            if hasattr(module, "_hf_hook"):
+                from accelerate.utils import align_module_device
+
+                stack.enter_context(align_module_device(module))
+        if any(parameter.is_meta for owner in owners for parameter in owner.parameters()):
+            raise RuntimeError("model: its variance offset has not been set; it follows from weights that are not loaded")
+        yield
 
 
 def matrix_of(projection: nn.Module, dtype: torch.dtype) -> Tensor:
