@@ -16,6 +16,9 @@ from torch.utils import cpp_extension
 from torch.utils.cpp_extension import BuildExtension, CppExtension
 
 ROOT = Path(__file__).parent
+OLDEST_TORCH = (2, 7)
+if tuple(map(int, torch.__version__.split(".")[:2])) < OLDEST_TORCH:
+    sys.exit(f"bhyt: needs torch {'.'.join(map(str, OLDEST_TORCH))} or newer, found {torch.__version__}")
 # A translation unit with torch headers takes up to 1 GB to compile: four at a time stay within 4 GB.
 os.environ.setdefault("MAX_JOBS", str(min(4, os.cpu_count() or 1)))
 # Real machine code for each generation, and PTX of the newest for those to come.
@@ -42,7 +45,8 @@ def cuda_home():
 
 # -fopenmp only when compiling: at::parallel_for then uses the OpenMP runtime that torch has loaded, and no second one
 # is linked. -ffp-contract=off: the same arithmetic from every compiler.
-CXX_FLAGS = ["-O3", "-g0", "-fopenmp", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math",
+# -std: torch before 2.10 would ask for an older one.
+CXX_FLAGS = ["-std=c++20", "-O3", "-g0", "-fopenmp", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math",
              "-fvisibility=hidden", "-Wall", "-Wno-unknown-pragmas", "-Wno-psabi", "-Wno-maybe-uninitialized",
              *os.environ.get("BHYT_CXXFLAGS", "").split()]
 
