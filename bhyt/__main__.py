@@ -5,7 +5,7 @@ Exits with 1 when the check fails.
 
 import platform
 import sys
-from typing import Dict, Iterator, List, Tuple
+from typing import Any, Dict, Iterator, List, Tuple
 
 import torch
 from torch import Tensor
@@ -32,7 +32,7 @@ def facts() -> Dict[str, str]:
     }
 
 
-def _results(ops, dtype: torch.dtype, device: str) -> Dict[str, Tensor]:
+def _results(ops: Any, dtype: torch.dtype, device: str) -> Dict[str, Tensor]:
     """Outputs y of the four forwards of `ops` on fixed rows, and gradients of sum(y^2), whose sums do not cancel."""
     generator = torch.Generator().manual_seed(0)
     # Rows are exact in bfloat16, so that every dtype has the same ones.

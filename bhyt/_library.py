@@ -38,7 +38,7 @@ def load() -> None:
         raise ImportError(f"bhyt: built for torch {_built_for.TORCH}, running torch {torch.__version__}; {_MEND}")
     library = library_path()
     try:
-        torch.ops.load_library(library)
+        torch.ops.load_library(library)  # type: ignore[no-untyped-call]
     except OSError as error:
         raise ImportError(
             f"bhyt: the op library built for torch {_built_for.TORCH} does not load in torch {torch.__version__}"

@@ -12,7 +12,7 @@ import inspect
 import math
 import threading
 from dataclasses import dataclass
-from typing import Any, Callable, Dict, Iterator, List, Optional
+from typing import Any, Callable, Dict, Iterator, List, Optional, Tuple
 
 import torch
 from torch import Tensor, nn
@@ -66,7 +66,7 @@ class Record:
 
     def __str__(self) -> str:
         header = ("site", "rows", "mean |x|", "variance", "saturated", "lam", "v'", "|v' - v| / v", "r")
-        table = [header]
+        table: List[Tuple[str, ...]] = [header]
         for site in self:
             numbers = [f"{site.magnitude:.4g}", f"{site.variance:.4g}", f"{site.saturation:.3%}", f"{site.lam:.4g}"]
             if site.kind == "approximate":
@@ -102,7 +102,7 @@ class Record:
             axes.set(title=title, xlabel="site")
             axes.xaxis.set_major_locator(MaxNLocator(integer=True))
             axes.grid(alpha=0.25)
-        (magnitude, variance), (saturation, error) = panels
+        (magnitude, variance), (saturation, relative_error) = panels
         approximations = [(i, site.approximation) for i, site in enumerate(self) if site.kind == "approximate"]
         if approximations:
             variance.plot(*zip(*approximations), "x", label="v' of the approximate")
@@ -110,7 +110,7 @@ class Record:
         variance.set_yscale("log")
         variance.legend()
         saturation.yaxis.set_major_formatter(PercentFormatter(1))
-        error.yaxis.set_major_formatter(PercentFormatter(1))
+        relative_error.yaxis.set_major_formatter(PercentFormatter(1))
         figure.savefig(path)
 
 
@@ -176,10 +176,15 @@ class _Site:
         self.name = name
         self.exact = exact
         self.rows = 0
+        self.mean: Tensor
+        self.moments: Tensor
+        self.lam: Tensor
 
     @torch.no_grad()
-    def add(self, site: nn.Module, x: Tensor, variance: Optional[Tensor]) -> None:
+    def add(self, site: Any, x: Tensor, variance: Optional[Tensor]) -> None:
         """x: [..., d]; variance: [..., 1], as given to an approximate site, None at an exact one."""
+        if x.is_nested:
+            x, variance = x.values(), None if variance is None else variance.values()
         x = x.detach().reshape(-1, x.shape[-1])
         count, d = x.shape
         if count == 0:

@@ -2,7 +2,7 @@
 
 from collections import Counter
 from types import TracebackType
-from typing import Dict, List, Mapping, Optional, Sequence, Tuple, Type
+from typing import Any, Dict, List, Mapping, Optional, Sequence, Tuple, Type
 
 import torch
 from torch import nn
@@ -26,7 +26,7 @@ class FoldedGain:
 
     def __init__(self, sites: Sequence[str]) -> None:
         self.sites = tuple(sites)
-        self._originals: List[Tuple[nn.Module, nn.Parameter]] = []  # (module, its weight)
+        self._originals: List[Tuple[Any, nn.Parameter]] = []  # (module, its weight)
 
     @torch.inference_mode(False)
     @torch.no_grad()
@@ -84,10 +84,10 @@ def fold_gain(model: nn.Module, readers: Optional[Mapping[str, Sequence[str]]] =
     """
     pairs = _decoder_readers(model) if readers is None else readers
     uses = Counter(id(parameter) for _, parameter in model.named_parameters(remove_duplicate=False))
-    sites: Dict[str, nn.Module] = {}
-    linears: Dict[nn.Module, nn.Parameter] = {}  # and the gain to multiply it by
+    sites: Dict[str, Any] = {}
+    linears: Dict[Any, nn.Parameter] = {}  # and the gain to multiply it by
     for name, linear_names in pairs.items():
-        site = _module(model, name)
+        site: Any = _module(model, name)
         _check_site(name, site)
         if site.weight is None:
             continue
@@ -95,7 +95,7 @@ def fold_gain(model: nn.Module, readers: Optional[Mapping[str, Sequence[str]]] =
             raise ValueError(f"{name}: expected once, with all linears that read it")
         sites[name] = site
         for linear_name in linear_names:
-            linear = _module(model, linear_name)
+            linear: Any = _module(model, linear_name)
             _check_linear(linear_name, linear, site.hidden_size)
             if linear in linears or uses[id(linear.weight)] > 1:
                 raise ValueError(f"{linear_name}: its weight is read by something else too, and would be wrong there")
@@ -103,7 +103,7 @@ def fold_gain(model: nn.Module, readers: Optional[Mapping[str, Sequence[str]]] =
     if not sites:
         raise ValueError(f"model: {type(model).__name__} has no gain that can be folded")
 
-    folded = FoldedGain(sites)
+    folded = FoldedGain(list(sites))
     try:
         for linear, gain in linears.items():
             product = (linear.weight * gain).to(linear.weight.dtype)
@@ -116,7 +116,7 @@ def fold_gain(model: nn.Module, readers: Optional[Mapping[str, Sequence[str]]] =
     return folded
 
 
-def _replace(folded: FoldedGain, module: nn.Module, weight: Optional[nn.Parameter]) -> None:
+def _replace(folded: FoldedGain, module: Any, weight: Optional[nn.Parameter]) -> None:
     original = module.weight
     original.data = original.data.cpu()
     module.weight = weight
@@ -155,7 +155,7 @@ def _module(model: nn.Module, name: str) -> nn.Module:
         raise ValueError(f"{name}: {type(model).__name__} has no such module; see `readers`") from error
 
 
-def _check_site(name: str, site: nn.Module) -> None:
+def _check_site(name: str, site: Any) -> None:
     if not isinstance(site, (BHyT, BHyTApprox)):
         raise ValueError(f"{name}: expected a BHyT site, got {type(site).__name__}")
     if hasattr(site, "gain_folded"):
@@ -164,7 +164,7 @@ def _check_site(name: str, site: nn.Module) -> None:
         raise ValueError(f"{name}: expected a plain gain, got {type(site.weight).__name__} on {site.weight.device}")
 
 
-def _check_linear(name: str, linear: nn.Module, size: int) -> None:
+def _check_linear(name: str, linear: Any, size: int) -> None:
     """Exactly nn.Linear: quantisation and adapters come as its subclasses, or as wrappers around it."""
     if type(linear) is not nn.Linear:
         raise ValueError(f"{name}: expected torch.nn.Linear, got {type(linear).__module__}.{type(linear).__name__}")

@@ -19,6 +19,7 @@ from bhyt import functional as F
 from bhyt.gain import whole
 
 _scripting: Callable[[], bool] = torch.jit.is_scripting  # type: ignore[attr-defined]
+_tracing: Callable[[], bool] = torch.jit.is_tracing  # type: ignore[attr-defined]
 
 
 class _Site(nn.Module):
@@ -87,7 +88,7 @@ def _size(hidden_size: Any) -> int:
 
 
 def _check_width(x: Tensor, hidden_size: int) -> None:
-    if x.dim() == 0 or x.shape[-1] != hidden_size:
+    if not _tracing() and (x.dim() == 0 or x.shape[-1] != hidden_size):  # a trace warns of every such look at a shape
         raise ValueError(f"x: expected [..., {hidden_size}], got {list(x.shape)}")
 
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from bhyt.hf.layer import PARTS, argument_names
 
 
-def check_layer(layer: nn.Module) -> bool:
+def check_layer(layer: Any) -> bool:
     """Whether a layer that computes what layer.py opens with returns a tuple.
 
     It is found out by running its forward with four plain functions in the places of its parts, so that a scaled
@@ -34,8 +34,9 @@ def check_layer(layer: nn.Module) -> bool:
         return hidden_states.cos(), None
 
     norm1, norm2, mlp = torch.tanh, torch.sin, torch.exp
+    parts: Tuple[Any, ...] = (norm1, attention, norm2, mlp)
     probe = copy.copy(layer)
-    vars(probe).update(zip(PARTS, (norm1, attention, norm2, mlp)), training=True)
+    vars(probe).update(zip(PARTS, parts), training=True)
     x = torch.linspace(-2, 2, 8, dtype=torch.float32, device="cpu").view(1, 2, 4)
     try:
         y = type(layer).forward(probe, x, **given)
@@ -52,7 +53,7 @@ def _does_nothing(module: nn.Module) -> bool:
     return isinstance(module, nn.Identity) or isinstance(module, nn.Dropout) and module.p == 0
 
 
-def check_norm(norm: nn.Module) -> float:
+def check_norm(norm: Any) -> float:
     """eps of a norm that computes weight * x / sqrt(mean(x^2) + eps), seen by running it on other weights.
 
     Raises:
@@ -74,7 +75,7 @@ def check_norm(norm: nn.Module) -> float:
     return eps
 
 
-def check_attention(attention: nn.Module) -> None:
+def check_attention(attention: Any) -> None:
     """c is that of W_V, a mean over positions, and W_O: nothing may lie between them."""
     needed, known = ("v_proj", "o_proj", "num_key_value_groups", "head_dim"), ("q_proj", "k_proj", "q_norm", "k_norm")
     wrong = [f"no {name}" for name in needed if not hasattr(attention, name)]

@@ -8,7 +8,7 @@ import functools
 import math
 from dataclasses import fields
 from pathlib import Path
-from typing import Any, Dict, List, Type
+from typing import Any, Dict, List
 
 import torch
 import transformers
@@ -40,15 +40,15 @@ class BHyTConfigMixin:
     """Marks a config whose model has BHyT sites."""
 
 
-class BHyTModelMixin:
+class BHyTModelMixin(nn.Module):
     """Marks a model with BHyT sites, and puts them in when it is built from its config."""
 
-    config: Any
+    config_class: Any
 
     def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
         if not isinstance(config, BHyTConfigMixin):
             raise TypeError(
-                f"config: expected a {type(self).config_class.__name__}, got {type(config).__name__};"  # type: ignore[attr-defined]
+                f"config: expected a {self.config_class.__name__}, got {type(config).__name__};"
                 " bhyt.hf.convert turns a model of that config into one with BHyT sites"
             )
         super().__init__(config, *args, **kwargs)
@@ -57,7 +57,7 @@ class BHyTModelMixin:
             plan.install(config)
             adopt(self, config)
 
-    def _init_weights(self, module: nn.Module) -> None:
+    def _init_weights(self, module: Any) -> None:
         """For what a checkpoint lacks; transformers sees to it that what it has is left alone."""
         if isinstance(module, (BHyT, BHyTApprox)):
             module.reset_parameters()
@@ -91,7 +91,8 @@ def adopt(model: nn.Module, config: Any) -> None:
     """Make every transformers model of this config in `model` an instance of its BHyT class."""
     for module in model.modules():
         if isinstance(module, PreTrainedModel) and module.config is config and not isinstance(module, BHyTModelMixin):
-            module.__class__ = model_class(type(module), type(config))
+            base: Any = type(module)
+            module.__class__ = model_class(base, config.__class__)
 
 
 def config_class(model_type: str) -> Any:
@@ -153,7 +154,7 @@ def _class_names(model_type: str) -> Dict[str, str]:
 
 
 @functools.cache
-def model_class(base: Type[PreTrainedModel], config: Any) -> Any:
+def model_class(base: Any, config: Any) -> Any:
     """`base` with sites."""
     attributes: Dict[str, Any] = {
         "config_class": config,
@@ -182,7 +183,7 @@ def _named(made: Any, base: Any, attributes: Dict[str, Any]) -> Any:
 
 def register() -> List[str]:
     """Make the Auto classes know every family that this release of transformers has; the names of their classes."""
-    names = []
+    names: List[str] = []
     for model_type in FAMILIES:
         if model_type not in configuration_auto.CONFIG_MAPPING_NAMES:
             continue

@@ -6,7 +6,7 @@
 
 import functools
 import inspect
-from typing import Any, Dict, Iterator, Tuple, Type
+from typing import Any, Iterator, Tuple
 
 from torch import Tensor, nn
 
@@ -21,6 +21,10 @@ class ConvertedLayer(nn.Module):
     The variance goes from the first site to the second as a local value: no state, whatever replays the forward.
     """
 
+    input_layernorm: Any
+    self_attn: Any
+    post_attention_layernorm: Any
+    mlp: Any
     config: Any  # has seq_len and use_gamma_var
     approximate: bool  # the second site; a wrapper in its place may hide which it is
     _returns_tuple: bool  # (hidden_states, ...), as transformers before 4.54 do
@@ -52,7 +56,7 @@ class ConvertedLayer(nn.Module):
 
 
 @functools.cache
-def converted_class(layer_class: Type[nn.Module], returns_tuple: bool) -> Type[nn.Module]:
+def converted_class(layer_class: Any, returns_tuple: bool) -> Any:
     """The subclass that takes layer_class's place, of the same name, which wrapping policies look for."""
     attributes = {
         "_argument_names": argument_names(layer_class),
@@ -63,17 +67,17 @@ def converted_class(layer_class: Type[nn.Module], returns_tuple: bool) -> Type[n
     return type(layer_class.__name__, (ConvertedLayer, layer_class), attributes)
 
 
-def _empty_layer(layer_class: Type[nn.Module], returns_tuple: bool) -> nn.Module:
+def _empty_layer(layer_class: Any, returns_tuple: bool) -> Any:
     converted = converted_class(layer_class, returns_tuple)
     return converted.__new__(converted)
 
 
-def argument_names(layer_class: Type[nn.Module]) -> Tuple[str, ...]:
+def argument_names(layer_class: Any) -> Tuple[str, ...]:
     parameters = inspect.signature(layer_class.forward).parameters.values()
     return tuple(p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD)[2:]
 
 
-def decoder_layers(model: nn.Module) -> Iterator[nn.Module]:
+def decoder_layers(model: nn.Module) -> Iterator[Any]:
     for module in model.modules():
         if all(isinstance(getattr(module, name, None), nn.Module) for name in PARTS):
             yield module

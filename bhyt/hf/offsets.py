@@ -13,7 +13,7 @@ _PLAIN = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 @torch.no_grad()
-def update_offset(layer: nn.Module, seq_len: int, use_gamma_var: bool) -> None:
+def update_offset(layer: Any, seq_len: int, use_gamma_var: bool) -> None:
     """Set a converted layer's offset from W_V, W_O and the first site's lam and, with use_gamma_var, gain.
 
     Raises:
@@ -34,7 +34,7 @@ def update_offset(layer: nn.Module, seq_len: int, use_gamma_var: bool) -> None:
                 site.update_variance_offset(gain, first)
 
 
-def active_site(module: nn.Module) -> Any:
+def active_site(module: Any) -> Any:
     """The site that a module runs: the module itself or, in PEFT's wrappers, the active adapter's copy of it."""
     if isinstance(module, (BHyT, BHyTApprox)):
         return module
@@ -70,7 +70,7 @@ def _present(*owners: nn.Module) -> Iterator[None]:
         yield
 
 
-def matrix_of(projection: nn.Module, dtype: torch.dtype) -> Tensor:
+def matrix_of(projection: Any, dtype: torch.dtype) -> Tensor:
     """[out, in]: a linear's weight; with adapters or quantised, the matrix that the projection as a whole is."""
     if isinstance(projection, nn.Linear):
         weight = whole(projection.weight)

@@ -1,7 +1,7 @@
 """Which sites a model gets: what its config says of them, and putting them in the places of its norms."""
 
 from dataclasses import dataclass, replace
-from typing import Any, List, Optional, Type
+from typing import Any, List, Optional
 
 import torch
 from torch import nn
@@ -58,9 +58,10 @@ class Plan:
                 "seq_len: approximate sites need the sequence length the model is built for (or norm_type='bhytstar');"
                 f" the model's max_position_embeddings is {longest}"
             )
-        self._classes = [converted_class(type(layer), check_layer(layer)) for layer in self._layers]
+        kinds: List[Any] = [type(layer) for layer in self._layers]
+        self._classes = [converted_class(kind, check_layer(layer)) for kind, layer in zip(kinds, self._layers)]
         self._final = _owner_of_final_norm(model, self._layers) if fields.last_layer_lam > 0 and not exact else None
-        self.norms = [norm for layer in self._layers for norm in (layer.input_layernorm, layer.post_attention_layernorm)]
+        self.norms: List[Any] = [norm for layer in self._layers for norm in (layer.input_layernorm, layer.post_attention_layernorm)]
         if self._final is not None:
             self.norms.append(self._final.norm)
         eps = [check_norm(norm) for norm in self.norms]
@@ -80,7 +81,7 @@ class Plan:
             self._final.norm = self._site(self._final.norm, BHyT, fields.last_layer_lam, warm_start)
         return len(self.norms)
 
-    def _site(self, norm: nn.Module, kind: Type[nn.Module], lam: float, warm_start: bool) -> nn.Module:
+    def _site(self, norm: Any, kind: Any, lam: float, warm_start: bool) -> Any:
         """A site in a norm's place: of its size, device and dtype, with its gain."""
         weight, fields = norm.weight, self.fields
         site = kind(
@@ -92,7 +93,7 @@ class Plan:
         return site.train(norm.training)
 
 
-def _owner_of_final_norm(model: nn.Module, layers: List[nn.Module]) -> Any:
+def _owner_of_final_norm(model: nn.Module, layers: List[Any]) -> Any:
     """The module that holds the layers and the final norm."""
     for module in model.modules():
         if any(child is layers[-1] for child in getattr(module, "layers", ())) and hasattr(module, "norm"):
