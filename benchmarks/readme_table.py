@@ -1,11 +1,11 @@
-"""The README's tables, made from the JSON in benchmarks/results, never by hand.
+"""The tables of README.md and docs/performance.md, made from the JSON in benchmarks/results, never by hand.
 
-    python benchmarks/readme_table.py             rewrites README.md
-    python benchmarks/readme_table.py --check     changes nothing; exit status 1 if README.md is out of date
+    python benchmarks/readme_table.py             rewrites both
+    python benchmarks/readme_table.py --check     changes nothing; exit status 1 if one is out of date
 
 A table stands between `<!-- table:NAME -->` and `<!-- /table:NAME -->`. NAME is the stem of a result file,
 and the newest one of that name is taken whatever the device; NAME@DEVICE names the folder too. NAME-goals
-gives the goals of that result. A file's "benchmark" field says how it is drawn: add a function to RENDERERS
+gives the goals of that result, NAME-digest some lines of it. A file's "benchmark" field says how it is drawn: add a function to RENDERERS
 for a new kind.
 """
 
@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, Callable, Mapping, Optional, Sequence
 
 REPOSITORY = Path(__file__).resolve().parent.parent
+PAGES = (REPOSITORY / "README.md", REPOSITORY / "docs" / "performance.md")
 MARKED = re.compile(r"(<!-- table:(?P<name>[\w@.-]+) -->\n).*?(<!-- /table:(?P=name) -->)", re.DOTALL)
 
 CPU_SHAPES = ((64, 2048), (4096, 4096))
@@ -94,6 +95,17 @@ def cpu(result: Result) -> list[str]:
     return lines
 
 
+def digest(result: Result) -> list[str]:
+    """The lines of a CPU result that say most: times faster than the peers."""
+    cells = []
+    for p in result["problems"]:
+        if (p["rows"], p["d"]) in CPU_SHAPES and p["case"] in ("forward", "forward+backward"):
+            times = {name: timing["us"] for name, timing in p["providers"].items()}
+            ratios = [f"{times[peer] / times['bhyt']:.2f}x" if peer in times else "-" for peer in CPU_PEERS]
+            cells.append([f"{p['rows']} x {p['d']} {p['dtype']}, {CPU_CASES[p['case']]}", *ratios])
+    return [caption(result), "", *markdown(["times faster than", *CPU_PEERS.values()], cells)]
+
+
 def overhead(result: Result) -> list[str]:
     """Microseconds per call, one line per way to call."""
     modes = result["modes"]
@@ -162,6 +174,8 @@ RENDERERS: dict[str, Callable[[Result], list[str]]] = {
     "cpu": cpu, "overhead": overhead, "compile": compiled, "model": model,
 }  # fmt: skip
 
+PARTS: dict[str, Callable[[Result], list[str]]] = {"goals": goals, "digest": digest}
+
 
 def newest(name: str, results: Path) -> Optional[Result]:
     """The newest result called `name` or `name@device`."""
@@ -183,8 +197,9 @@ def render(name: str, results: Path) -> str:
             raise LookupError(f"table {name}: no renderer for the benchmark {result['benchmark']!r}")
         return "\n".join(renderer(result)) + "\n"
     stem, at, device = name.partition("@")
-    if stem.endswith("-goals") and (result := newest(stem.removesuffix("-goals") + at + device, results)):
-        return "\n".join(goals(result)) + "\n"
+    base, _, part = stem.rpartition("-")
+    if part in PARTS and (result := newest(base + at + device, results)):
+        return "\n".join(PARTS[part](result)) + "\n"
     raise LookupError(f"table {name}: no result of that name under {results}")
 
 
@@ -207,28 +222,30 @@ def main(arguments: Optional[Sequence[str]] = None) -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--check", action="store_true", help="only say whether the tables are up to date")
-    parser.add_argument("--readme", type=Path, default=REPOSITORY / "README.md")
+    parser.add_argument("--pages", type=Path, nargs="+", default=PAGES)
     parser.add_argument("--results", type=Path, default=REPOSITORY / "benchmarks" / "results")
     args = parser.parse_args(arguments)
-    before = args.readme.read_text()
+    return max([write(page, args.results, args.check) for page in args.pages])
+
+
+def write(page: Path, results: Path, check: bool) -> int:
+    """Make the tables of a page anew, or only compare; the exit status."""
+    before = page.read_text()
     unpaired = len(re.findall(r"<!-- /?table:", before)) - 2 * len(MARKED.findall(before))
     if unpaired:
-        print(f"{args.readme.name}: {unpaired} table markers without their counterpart", file=sys.stderr)
+        print(f"{page.name}: {unpaired} table markers without their counterpart", file=sys.stderr)
         return 1
     try:
-        after, changed = update(before, args.results)
+        after, changed = update(before, results)
     except LookupError as error:
         print(error.args[0], file=sys.stderr)
         return 1
-    if args.check and changed:
-        print(
-            f"{args.readme.name} is out of date: {', '.join(changed)}; run benchmarks/readme_table.py",
-            file=sys.stderr,
-        )
+    if check and changed:
+        print(f"{page.name} is out of date: {', '.join(changed)}; run benchmarks/readme_table.py", file=sys.stderr)
         return 1
     if changed:
-        args.readme.write_text(after)
-    print(f"{args.readme.name}: {', '.join(changed) or 'nothing'} changed")
+        page.write_text(after)
+    print(f"{page.name}: {', '.join(changed) or 'nothing'} changed")
     return 0
 
 

@@ -24,6 +24,10 @@ def decompositions() -> Dict[torch._ops.OpOverload, Callable[..., Any]]:
     return {getattr(torch.ops.bhyt, name).default: getattr(reference, name) for name in _EXACT + _APPROXIMATE}
 
 
+# Where torch.onnx.export looks: what has no ONNX function becomes its formula.
+torch._decomp.decomposition_table.update(decompositions())
+
+
 @functools.cache  # one object per op: compiled code is guarded by its identity
 def _formula_when_compiling(name: str) -> Callable[..., Any]:
     op, formula = getattr(torch.ops.bhyt, name), getattr(reference, name)

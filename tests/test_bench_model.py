@@ -218,7 +218,7 @@ def test_run_and_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
     readme = tmp_path / "README.md"
     readme.write_text("<!-- table:model -->\n<!-- /table:model -->\n")
-    assert readme_table.main(["--readme", str(readme), "--results", str(results)]) == 0
+    assert readme_table.main(["--pages", str(readme), "--results", str(results)]) == 0
     table = {line.split(" | ")[0]: line for line in readme.read_text().splitlines() if line.startswith("|")}
     speeds = [p["providers"] for p in (train, decode)]
     ratios = [f"{own['BHyT']['tokens_per_s'] / own['HF RMSNorm']['tokens_per_s']:.3f}" for own in speeds]

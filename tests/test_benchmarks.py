@@ -167,7 +167,7 @@ def readme(tmp_path):
 
 def test_readme_tables_check_and_write(readme, capsys):
     module, folder = readme
-    where = ["--readme", str(folder / "README.md"), "--results", str(folder / "results")]
+    where = ["--pages", str(folder / "README.md"), "--results", str(folder / "results")]
     before = (folder / "README.md").read_text()
     assert module.main([*where, "--check"]) == 1
     assert "cpu, cpu-goals@old" in capsys.readouterr().err
@@ -187,5 +187,5 @@ def test_readme_tables_check_and_write(readme, capsys):
 def test_readme_tables_refuse_unknown_and_unpaired(readme, text):
     module, folder = readme
     (folder / "README.md").write_text(text)
-    assert module.main(["--readme", str(folder / "README.md"), "--results", str(folder / "results")]) == 1
+    assert module.main(["--pages", str(folder / "README.md"), "--results", str(folder / "results")]) == 1
     assert (folder / "README.md").read_text() == text

@@ -1,7 +1,12 @@
-"""docs/users.md names tests that exist. The blocks of docs/deploy.md are run by test_deploy.py."""
+"""What the pages say: tests that exist, blocks that run, links that lead somewhere; and the types, which are documentation
+too. The blocks of docs/deploy.md are run by test_deploy.py, those of docs/huggingface.md by test_hf_page.py."""
 
 import re
+import subprocess
+import sys
 from pathlib import Path
+
+import pytest
 
 ROOT = Path(__file__).parent.parent
 
@@ -18,3 +23,36 @@ def test_users_page() -> None:
             code = (ROOT / "tests" / file).read_text()
             assert not test or f"def {test}(" in code, f"row {n}: {file}::{test}"
         assert file, f"row {n} names no test"
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_blocks_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The Python of README.md and docs/usage.md, each page's blocks one after another."""
+    pytest.importorskip("transformers")
+    monkeypatch.chdir(tmp_path)
+    for page in ("README.md", "docs/usage.md"):
+        blocks = re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), re.DOTALL)
+        assert len(blocks) == 2, page
+        names: dict = {}
+        for block in blocks:
+            exec(compile(block, page, "exec"), names)
+    assert (tmp_path / "folder" / "config.json").exists()
+
+
+def test_links() -> None:
+    """Every relative link of every page leads to a file, and to a heading if it names one."""
+    for page in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), *sorted((ROOT / "benchmarks").glob("*.md"))):
+        for target in re.findall(r"\]\((?!https?://)([^)\s]+)\)", page.read_text()):
+            name, _, anchor = target.partition("#")
+            file = (page.parent / name) if name else page
+            assert file.exists(), f"{page.name}: {target}"
+            headings = re.findall(r"^#+ (.*)$", file.read_text(), re.MULTILINE) if anchor else []
+            slugs = [re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings]
+            assert not anchor or anchor in slugs, f"{page.name}: {target}"
+
+
+def test_types() -> None:
+    """mypy --strict finds nothing in the package, which ships its types."""
+    pytest.importorskip("mypy")
+    run = subprocess.run([sys.executable, "-m", "mypy", "--strict"], cwd=ROOT, capture_output=True, text=True)
+    assert run.returncode == 0, run.stdout + run.stderr

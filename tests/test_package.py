@@ -119,6 +119,14 @@ def test_not_built(tmp_path: Path) -> None:
         (package / "_built_for.py").unlink(missing_ok=True)
 
 
+def test_the_source_folder_says_so(tmp_path: Path) -> None:
+    """Run where the source is, without a build in it: what hides the installed package, and what to do."""
+    (copy_of_package(tmp_path) / "_built_for.py").unlink(missing_ok=True)
+    (tmp_path / "setup.py").touch()
+    last = import_copy(tmp_path).stderr.strip().splitlines()[-1]
+    assert "this is the source folder" in last and "run from another one" in last and "-e ." in last
+
+
 def test_a_library_that_does_not_load(tmp_path: Path) -> None:
     """A broken library: an ImportError naming both versions, not a bare OSError. USERS row 1."""
     (copy_of_package(tmp_path) / "_ops.abi3.so").write_bytes(b"not a library")
