@@ -8,8 +8,8 @@ _FOLDER = Path(__file__).parent
 _MEND = "reinstall bhyt in this environment (pip install --no-build-isolation --force-reinstall --no-deps .)"
 if (_FOLDER.parent / "setup.py").exists():
     _MEND = (
-        f"this is the source folder, which hides an installed bhyt from what runs in {_FOLDER.parent}: run from another one,"
-        " or install with pip install --no-build-isolation --no-deps -e ."
+        f"this is the source folder, which hides an installed bhyt from what runs in {_FOLDER.parent}:"
+        " run from another one, or install with pip install --no-build-isolation --no-deps -e ."
     )
 
 

@@ -16,16 +16,12 @@ _APPROXIMATE = ("forward_approx", "add_forward_approx")
 _DECOMPOSED = {"none": (), "approximate": _APPROXIMATE, "all": _EXACT + _APPROXIMATE}
 
 
-def decompositions() -> Dict[torch._ops.OpOverload, Callable[..., Any]]:
+def decompositions() -> Dict[Any, Callable[..., Any]]:
     """The formula of each forward op in plain PyTorch ops, for `torch.export.ExportedProgram.run_decompositions`.
 
     For runtimes that do not load the op library, such as ONNX.
     """
     return {getattr(torch.ops.bhyt, name).default: getattr(reference, name) for name in _EXACT + _APPROXIMATE}
-
-
-# Where torch.onnx.export looks: what has no ONNX function becomes its formula.
-torch._decomp.decomposition_table.update(decompositions())
 
 
 @functools.cache  # one object per op: compiled code is guarded by its identity

@@ -40,7 +40,7 @@ def attention_gain(
         raise ValueError(
             f"expected matrices, got v_weight {list(v_weight.shape)} and o_weight {list(o_weight.shape)}"
         )
-    if seq_len < 1 or kv_groups < 1:
+    if not all(isinstance(n, int) and n >= 1 for n in (seq_len, kv_groups)):
         raise ValueError(f"seq_len and kv_groups: expected integers >= 1, got {seq_len} and {kv_groups}")
     kv_size, d = v_weight.shape
     if o_weight.shape != (d, kv_groups * kv_size):

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from bhyt import functional as F
+from bhyt import reference
 from bhyt.gain import whole
 
 _scripting: Callable[[], bool] = torch.jit.is_scripting  # type: ignore[attr-defined]
@@ -87,9 +88,16 @@ def _size(hidden_size: Any) -> int:
     return sizes[0]
 
 
-def _check_width(x: Tensor, hidden_size: int) -> None:
+def _check_rows(x: Tensor, hidden_size: int) -> None:
+    if not isinstance(x, Tensor):
+        raise TypeError(f"x: expected a tensor [..., {hidden_size}], got {type(x).__name__}")
     if not _tracing() and (x.dim() == 0 or x.shape[-1] != hidden_size):  # a trace warns of every such look at a shape
         raise ValueError(f"x: expected [..., {hidden_size}], got {list(x.shape)}")
+
+
+def _ops() -> Any:
+    """The fused ops; for torch.onnx.export, which has no such ops, their formulas."""
+    return reference if torch.compiler.is_compiling() and torch.onnx.is_in_onnx_export() else F
 
 
 def _on_values(site: Callable[..., Any], x: Tensor, tensors: Mapping[str, Optional[Tensor]], **options: Any) -> Any:
@@ -98,7 +106,7 @@ def _on_values(site: Callable[..., Any], x: Tensor, tensors: Mapping[str, Option
     values = {}
     for name, tensor in given.items():
         if tensor is not None and not (tensor.is_nested and tensor.layout == torch.jagged and tensor._ragged_idx == 1):
-            raise ValueError(f"{name}: expected a jagged nested tensor [batch, ragged, ..., d], as x, got {tensor.layout}")
+            raise ValueError(f"{name}: expected a jagged nested tensor [batch, ragged, .., d], as x, got {tensor.layout}")
         if tensor is not None and tensor.shape[:2] != x.shape[:2]:
             raise ValueError(f"{name}: expected the offsets of x, got others")
         values[name] = None if tensor is None else tensor.values()
@@ -165,14 +173,14 @@ class BHyT(_Site):
             return y
 
     def _run(self, x: Tensor, residual: Optional[Tensor], return_variance: bool) -> Any:
+        _check_rows(x, self.hidden_size)
         if x.is_nested:
             return _on_values(self._run, x, {"residual": residual}, return_variance=return_variance)
-        _check_width(x, self.hidden_size)
         results: Tuple[Tensor, ...]
         if residual is None:
-            results = F.forward(x, self.weight, self.lam, self.kappa, self.eps)
+            results = _ops().forward(x, self.weight, self.lam, self.kappa, self.eps)
             return results if return_variance else results[0]
-        results = F.add_forward(x, residual, self.weight, self.lam, self.kappa, self.eps)
+        results = _ops().add_forward(x, residual, self.weight, self.lam, self.kappa, self.eps)
         return results if return_variance else results[:2]
 
     def forward_with_variance(self, x: Tensor) -> Tuple[Tensor, Tensor]:
@@ -253,7 +261,7 @@ class BHyTApprox(_Site):
         self.offset_is_set = False
 
     def has_variance_offset(self) -> bool:
-        """Whether the offset has been set, wherever it came from: a state dict, a loader that writes buffers, an average.
+        """Whether the offset has been set, wherever it came from: a state dict, a loader of buffers, an average.
 
         Reads the buffer (a synchronisation on a GPU) until it is.
         """
@@ -355,13 +363,13 @@ class BHyTApprox(_Site):
             return y
 
     def _run(self, x: Tensor, variance: Tensor, residual: Optional[Tensor]) -> Any:
+        _check_rows(x, self.hidden_size)
         if x.is_nested:
             return _on_values(self._run, x, {"variance": variance, "residual": residual})
-        _check_width(x, self.hidden_size)
         offset = self._offset()
         if residual is None:
-            return F.forward_approx(x, variance, offset, self.weight, self.lam, self.kappa, self.eps)
-        return F.add_forward_approx(x, residual, variance, offset, self.weight, self.lam, self.kappa, self.eps)
+            return _ops().forward_approx(x, variance, offset, self.weight, self.lam, self.kappa, self.eps)
+        return _ops().add_forward_approx(x, residual, variance, offset, self.weight, self.lam, self.kappa, self.eps)
 
     def forward_add(self, x: Tensor, residual: Tensor, variance: Tensor) -> Tuple[Tensor, Tensor]:
         """self(x, variance, residual): (y, sum) with sum = x + residual."""

@@ -17,6 +17,25 @@ inline bool is_supported(ScalarType t) {
   return t == at::kFloat || t == at::kBFloat16 || t == at::kHalf || t == at::kDouble;
 }
 
+// As Python has it: int64, where c10's own name is Long.
+inline const char* name_of(ScalarType t) {
+  switch (t) {
+    case at::kFloat: return "float32";
+    case at::kDouble: return "float64";
+    case at::kHalf: return "float16";
+    case at::kBFloat16: return "bfloat16";
+    case at::kLong: return "int64";
+    case at::kInt: return "int32";
+    case at::kShort: return "int16";
+    case at::kChar: return "int8";
+    case at::kByte: return "uint8";
+    case at::kBool: return "bool";
+    case at::kComplexFloat: return "complex64";
+    case at::kComplexDouble: return "complex128";
+    default: return c10::toString(t);
+  }
+}
+
 inline ScalarType accumulate_type(ScalarType stream) { return stream == at::kDouble ? at::kDouble : at::kFloat; }
 
 inline bool same(const c10::SymInt& a, const c10::SymInt& b) {
@@ -25,7 +44,7 @@ inline bool same(const c10::SymInt& a, const c10::SymInt& b) {
 
 inline void floating(const char* name, const Tensor& t) {
   TORCH_CHECK_TYPE(is_supported(t.scalar_type()), "bhyt: ", name,
-                   ": expected dtype float32, float64, float16 or bfloat16, got ", t.scalar_type());
+                   ": expected dtype float32, float64, float16 or bfloat16, got ", name_of(t.scalar_type()));
 }
 
 inline void same_device(const char* name, const Tensor& t, const Tensor& x) {
@@ -34,8 +53,8 @@ inline void same_device(const char* name, const Tensor& t, const Tensor& x) {
 }
 
 inline void same_dtype(const char* name, const Tensor& t, ScalarType expected) {
-  TORCH_CHECK_TYPE(t.scalar_type() == expected, "bhyt: ", name, ": expected dtype ", expected, ", got ",
-                   t.scalar_type());
+  TORCH_CHECK_TYPE(t.scalar_type() == expected, "bhyt: ", name, ": expected dtype ", name_of(expected), ", got ",
+                   name_of(t.scalar_type()));
 }
 
 inline void same_shape(const char* name, const Tensor& t, const Tensor& x) {
@@ -71,8 +90,8 @@ inline void row_tensor(const char* name, const Tensor& t) {
 inline void at_most_as_wide(const char* name, const Tensor& narrow, const char* wide_name, const Tensor& wide) {
   floating(name, narrow);
   TORCH_CHECK_TYPE(c10::promoteTypes(narrow.scalar_type(), wide.scalar_type()) == wide.scalar_type(), "bhyt: ",
-                   wide_name, ": expected the dtype of ", name, " (", narrow.scalar_type(), ") or a wider one, got ",
-                   wide.scalar_type());
+                   wide_name, ": expected the dtype of ", name, " (", name_of(narrow.scalar_type()),
+                   ") or a wider one, got ", name_of(wide.scalar_type()));
 }
 
 inline void site(const Tensor& x, const std::optional<Tensor>& weight, const Tensor& lam, double kappa, double eps) {

@@ -71,6 +71,7 @@ def test_no_gradient_and_no_modification() -> None:
         ((6, 10), (10, 12), {"kv_groups": 2}, "head_dim.*None"),
         ((6, 10), (10, 12), {"kv_groups": 2, "head_dim": 4}, "head_dim.*divisor of 6.*4"),
         ((6, 10), (10, 6), {"seq_len": 0}, "seq_len.*0"),
+        ((6, 10), (10, 6), {"seq_len": 2.5}, "seq_len.*2.5"),
         ((6, 10), (10, 6), {"kv_groups": 0}, "kv_groups.*0"),
     ),
 )

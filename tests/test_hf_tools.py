@@ -1,17 +1,17 @@
 """A saved or converted model in the tools that people use: lm-eval, TRL, PEFT, accelerate, DCP, Trainer, torchao."""
 
 import copy
+import json
 import os
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any, List
+from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-import bhyt
 from checks import same_bits
 from load_saved import outputs
 from test_hf import SIZES, converted, hf, ids, stock, transformers
@@ -146,7 +146,12 @@ def test_offload(how: str, model: nn.Module, tmp_path: Path) -> None:
     assert next(offloaded.parameters()).is_meta
 
 
-@pytest.mark.parametrize("device_map", ({"": "cpu"}, {"model.embed_tokens": "cpu", "model.layers": "disk", "model.norm": "cpu", "lm_head": "disk", "model.rotary_emb": "cpu"}), ids=("cpu", "disk"))  # fmt: skip
+ON_DISK = {"model.layers": "disk", "lm_head": "disk"} | {
+    f"model.{name}": "cpu" for name in ("embed_tokens", "norm", "rotary_emb")
+}
+
+
+@pytest.mark.parametrize("device_map", ({"": "cpu"}, ON_DISK), ids=("cpu", "disk"))
 @pytest.mark.parametrize("include_buffers", (False, True))
 def test_load_checkpoint_and_dispatch(
     device_map: dict, include_buffers: bool, folder: Path, model: nn.Module, tmp_path: Path
@@ -264,16 +269,14 @@ def test_sft_trainer(folder: Path, tmp_path: Path) -> None:
 
 
 def test_lm_eval(folder: Path, model: nn.Module, tmp_path: Path) -> None:
-    """lm-eval's HFLM, in a process that imports nothing of bhyt, on a task from a local file: its log-likelihoods are the
-    model's own."""
+    """lm-eval's HFLM, in a process that imports nothing of bhyt, on a task from a local file: its log-likelihoods are
+    the model's own."""
     pytest.importorskip("lm_eval")
     rows = ids(batch=6)
     lines = [
         {"prompt": " ".join(f"w{i}" for i in row[:8].tolist()), "answer": " ".join(f"w{i}" for i in row[8:].tolist())}
         for row in rows
     ]
-    import json
-
     (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, lines)))
     (tmp_path / "tiny.yaml").write_text(
         f"task: tiny\ndataset_path: json\ndataset_kwargs:\n  data_files:\n    test: {tmp_path}/rows.jsonl\n"
@@ -290,7 +293,8 @@ def test_lm_eval(folder: Path, model: nn.Module, tmp_path: Path) -> None:
     )
     environment = os.environ | {"HF_HOME": str(tmp_path / "cache"), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     run = subprocess.run(
-        [sys.executable, "-c", code, str(folder), str(tmp_path)], env=environment, capture_output=True, text=True
+        [sys.executable, "-c", code, str(folder), str(tmp_path)],
+        env=environment, cwd=tmp_path, capture_output=True, text=True,
     )
     assert run.returncode == 0, run.stderr[-3000:]
     actual = json.loads(run.stdout.split("RESULT", 1)[1])

@@ -12,8 +12,8 @@ TESTS = Path(__file__).parent
 
 @pytest.mark.slow
 def test_oldest_transformers(tmp_path: Path) -> None:
-    """test_hf.py, test_hf_loading.py and test_hf_training.py pass with transformers 4.51, whose layers return tuples: a few packages go in
-    front of the installed ones."""
+    """test_hf.py, test_hf_loading.py and test_hf_training.py pass with transformers 4.51, whose layers return tuples: a
+    few packages go in front of the installed ones."""
     packages = ["transformers==4.51.3", "tokenizers<0.22", "huggingface_hub<1", "datasets==3.6.0"]
     install = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(tmp_path), *packages]
     installed = subprocess.run(install, capture_output=True, text=True)

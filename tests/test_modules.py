@@ -62,6 +62,8 @@ def test_without_gain(kind: type) -> None:
     site = ready(kind, elementwise_affine=False)
     assert site.weight is None and list(site.state_dict())[:1] == ["lam"]
     assert run(site, torch.randn(3, D)).shape == (3, D)
+    with pytest.raises(TypeError, match=rf"x: expected a tensor \[..., {D}\], got list"):
+        site([1.0] * D) if kind is bhyt.BHyT else site([1.0] * D, torch.ones(1))
     for wrong in (torch.randn(3, D + 1), torch.randn(3, 1), torch.tensor(1.0)):
         with pytest.raises(ValueError, match=rf"x: expected \[..., {D}\]"):
             site(wrong) if kind is bhyt.BHyT else site(wrong, torch.ones(3, 1))
@@ -149,7 +151,8 @@ def test_offset_written_from_outside() -> None:
     """Loaders that write buffers without load_state_dict (accelerate, transformers), also in another dtype."""
     site = bhyt.BHyTApprox(D)
     site._buffers["variance_offset"] = torch.tensor(0.25, dtype=torch.bfloat16)
-    assert same_bits(run(site, torch.ones(3, D)), run(ready(bhyt.BHyTApprox, elementwise_affine=False), torch.ones(3, D)))
+    expected = ready(bhyt.BHyTApprox, elementwise_affine=False)
+    assert same_bits(run(site, torch.ones(3, D)), run(expected, torch.ones(3, D)))
     assert site.variance_offset.dtype == torch.float32
 
 

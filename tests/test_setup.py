@@ -28,7 +28,7 @@ runpy.run_path("setup.py", run_name="__main__")
 
 def setup(folder: Path, torch_cuda: str = "", **environment: str) -> "subprocess.CompletedProcess[str]":
     command = [sys.executable, "-c", STOPPED, torch_cuda, str(folder)]
-    variables: Dict[str, str] = {k: v for k, v in os.environ.items() if k != "MAX_JOBS"}
+    variables: Dict[str, str] = {k: v for k, v in os.environ.items() if k not in ("MAX_JOBS", "BHYT_CUDA_ARCHS")}
     return subprocess.run(
         command, cwd=ROOT, env=variables | environment, capture_output=True, text=True, timeout=300
     )

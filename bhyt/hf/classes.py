@@ -1,7 +1,7 @@
 """Model types of their own: a config and the model classes of each, registered with the Auto classes.
 
-`bhyt_llama` is to `llama` what `BHyTLlamaForCausalLM` is to `LlamaForCausalLM`: the same class, whose norms become sites
-when it is built. All loading is done by `transformers`.
+`bhyt_llama` is to `llama` what `BHyTLlamaForCausalLM` is to `LlamaForCausalLM`: the same class, whose norms become
+sites when it is built. All loading is done by `transformers`.
 """
 
 import functools
@@ -130,14 +130,14 @@ def _config_class(model_type: str) -> Any:
             return super().from_dict(config_dict, **kwargs)
 
         def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
-            """Beside config.json, the lines with which trust_remote_code finds these classes where bhyt is installed."""
+            """Beside config.json, the lines by which trust_remote_code finds these classes where bhyt is installed."""
             self.auto_map = {
                 auto: f"{_CODE_FILE.removesuffix('.py')}.{name}" for auto, name in _class_names(model_type).items()
             }
             super().save_pretrained(save_directory, *args, **kwargs)
             names = ", ".join(sorted(set(_class_names(model_type).values())))
-            code = f'"""A BHyT model (arXiv 2601.09719): needs bhyt, whose classes it names."""\n\nfrom bhyt.hf import {names}\n'
-            (Path(save_directory) / _CODE_FILE).write_text(code)
+            code = '"""A BHyT model (arXiv 2601.09719): needs bhyt, whose classes it names."""'
+            (Path(save_directory) / _CODE_FILE).write_text(f"{code}\n\nfrom bhyt.hf import {names}\n")
 
         @classmethod
         def register_for_auto_class(cls, auto_class: str = "AutoConfig") -> None:
@@ -162,7 +162,8 @@ def model_class(base: Any, config: Any) -> Any:
     }
     if transformers.__version__ >= "5":  # before, loading kept the dtype of a buffer, and this list was for parameters
         attributes["_keep_in_fp32_modules_strict"] = [*(base._keep_in_fp32_modules_strict or []), _OFFSET]
-    for question in ("_can_set_attn_implementation", "_can_set_experts_implementation"):  # answered by a look at the source
+    # Answered by a look at the source of the class.
+    for question in ("_can_set_attn_implementation", "_can_set_experts_implementation"):
         if hasattr(base, question):
             attributes[question] = classmethod(lambda cls, ask=getattr(base, question): ask())
     made = _named(type("Model", (BHyTModelMixin, base), attributes), base, {})

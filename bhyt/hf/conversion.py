@@ -93,7 +93,8 @@ def convert(
 
 def _config_of(model: nn.Module) -> Any:
     """That of the transformers model that holds the layers; of a decoder inside a larger model, the decoder's own."""
-    holders = [module for module in model.modules() if isinstance(module, PreTrainedModel) and any(decoder_layers(module))]
+    models = [module for module in model.modules() if isinstance(module, PreTrainedModel)]
+    holders = [module for module in models if any(decoder_layers(module))]
     return holders[-1].config if holders else getattr(model, "config", None)
 
 

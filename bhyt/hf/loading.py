@@ -1,4 +1,4 @@
-"""Folders that do not name a BHyT model type: the authors' checkpoints, and what earlier releases of this package saved."""
+"""Folders that do not name a BHyT model type: the authors' checkpoints, and what earlier releases here saved."""
 
 from pathlib import Path
 from typing import Any, Dict, Optional

@@ -53,7 +53,7 @@ def _names(adapters: Any) -> Iterable[str]:
 
 @contextlib.contextmanager
 def _present(*owners: nn.Module) -> Iterator[None]:
-    """Inside, weights that DeepSpeed's ZeRO-3 has partitioned are whole, and those that accelerate offloads are here."""
+    """Inside, weights that DeepSpeed's ZeRO-3 has partitioned are whole, and those accelerate offloads are here."""
     parameters = [parameter for owner in owners for parameter in owner.parameters()]
     with contextlib.ExitStack() as stack:
         if any(hasattr(parameter, "ds_id") for parameter in parameters):
@@ -66,7 +66,7 @@ def _present(*owners: nn.Module) -> Iterator[None]:
 
                 stack.enter_context(align_module_device(module))
         if any(parameter.is_meta for owner in owners for parameter in owner.parameters()):
-            raise RuntimeError("model: its variance offset has not been set; it follows from weights that are not loaded")
+            raise RuntimeError("model: its variance offset has not been set, and its weights are not loaded")
         yield
 
 

@@ -61,20 +61,23 @@ class Plan:
         kinds: List[Any] = [type(layer) for layer in self._layers]
         self._classes = [converted_class(kind, check_layer(layer)) for kind, layer in zip(kinds, self._layers)]
         self._final = _owner_of_final_norm(model, self._layers) if fields.last_layer_lam > 0 and not exact else None
-        self.norms: List[Any] = [norm for layer in self._layers for norm in (layer.input_layernorm, layer.post_attention_layernorm)]
+        self.norms: List[Any] = []
+        for layer in self._layers:
+            self.norms += [layer.input_layernorm, layer.post_attention_layernorm]
         if self._final is not None:
             self.norms.append(self._final.norm)
         eps = [check_norm(norm) for norm in self.norms]
         self.fields = fields if fields.bhyt_eps is not None else replace(fields, bhyt_eps=eps[0])
 
     def install(self, config: Any, warm_start: bool = False) -> int:
-        """Put the sites in, with the norms' gains; `config` is what the layers will read. Returns how many there are."""
+        """Put the sites in, with the norms' gains; `config` is what the layers will read. Returns their number."""
         fields = self.fields
         for layer, layer_class in zip(self._layers, self._classes):
             layer.config, layer.approximate = config, layer in self._approximate
             layer.input_layernorm = self._site(layer.input_layernorm, BHyT, fields.input_layer_lam, warm_start)
+            second = BHyTApprox if layer.approximate else BHyT
             layer.post_attention_layernorm = self._site(
-                layer.post_attention_layernorm, BHyTApprox if layer.approximate else BHyT, fields.post_layer_lam, warm_start
+                layer.post_attention_layernorm, second, fields.post_layer_lam, warm_start
             )
             layer.__class__ = layer_class
         if self._final is not None:

@@ -27,7 +27,8 @@ def refresh_callback(every: int = 10) -> Any:
 
     class RefreshCallback(TrainerCallback):  # type: ignore[misc]
         def on_train_begin(self, args: Any, state: Any, control: Any, model: nn.Module, **kwargs: Any) -> None:
-            sites = [active_site(layer.post_attention_layernorm) for layer in converted_layers(model) if layer.approximate]
+            layers = [layer for layer in converted_layers(model) if layer.approximate]
+            sites = [active_site(layer.post_attention_layernorm) for layer in layers]
             if state.global_step == 0 or not all(site.has_variance_offset() for site in sites):
                 refresh(model)
 
