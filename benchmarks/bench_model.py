@@ -3,7 +3,7 @@
     python benchmarks/bench_model.py                                          into results/<device>/model.json
     python benchmarks/bench_model.py --device cuda --preset 374m,1b           the paper's 374M model and Llama-3.2-1B
 
-Presets (models.py)     cpu, 374m, 1b; smoke is for tests
+Presets (models.py)     cpu, 200m, 374m, 1b; smoke is for tests
 Providers (models.py)   variants of one model of `transformers`, with the same matrices
     HF RMSNorm          as it is: what the ratios refer to, eager for eager and compiled for compiled
     F.rms_norm, Liger RMSNorm      another RMSNorm in its place

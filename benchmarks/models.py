@@ -45,6 +45,10 @@ PRESETS = {
     "cpu": Preset(
         _shape(512, 2, 8, 2, 1408, vocab_size=2048), "fp32,bf16", "fp32", batch=2, length=256, prompt=64, steps=16
     ),
+    # What bench_loading.py loads: 202M parameters.
+    "200m": Preset(
+        _shape(1024, 15, 16, 4, 2816, vocab_size=32000), "fp32", "fp32", batch=2, length=512, prompt=64, steps=16
+    ),
     # The 374M model of arXiv 2601.09719; Llama 3's vocabulary gives it that many parameters.
     "374m": Preset(
         _shape(1024, 16, 16, 4, 4096, **LLAMA_3_2), "bf16", "bf16", batch=4, length=2048, prompt=128, steps=64

@@ -174,11 +174,12 @@ def test_variants_share_matrices_and_leave_the_base(base: nn.Module) -> None:
 
 
 def test_sizes() -> None:
-    """The presets have the parameters their names promise: 374M and Llama-3.2-1B's 1,235,814,400."""
+    """The presets have the parameters their names promise: 200M, 374M and Llama-3.2-1B's 1,235,814,400."""
     sizes = {}
-    for name in ("374m", "1b"):
+    for name in ("200m", "374m", "1b"):
         model = models.make_base(models.PRESETS[name], torch.bfloat16, "meta")
         sizes[name] = sum(parameter.numel() for parameter in model.parameters())
+    assert round(sizes["200m"] / 1e7) == 20
     assert round(sizes["374m"] / 1e6) in (374, 375) and sizes["1b"] == 1_235_814_400
 
 

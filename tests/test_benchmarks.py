@@ -93,6 +93,23 @@ def test_overhead(tmp_path):
     assert len(result["goals"]) == 9 and all(goal["measured"] > 0 for goal in result["goals"])
 
 
+def test_loading(tmp_path):
+    """Both models loaded in every way; every figure there, the shards several files, the goal from the worst ratio."""
+    pytest.importorskip("transformers")
+    path = tmp_path / "loading.json"
+    run("bench_loading.py", "--preset", "smoke", "--repeats", 1, "--out", path)
+    result = json.loads(path.read_text())
+    problems = result["problems"]
+    assert [problem["case"] for problem in problems] == ["plain", "bf16", "sharded"]
+    assert [problem["files"] > 1 for problem in problems] == [False, False, True]
+    for problem in problems:
+        classes = {name: figures["class"] for name, figures in problem["providers"].items()}
+        assert classes == {"Llama": "LlamaForCausalLM", "BHyT": "BHyTLlamaForCausalLM"}
+        for figures in problem["providers"].values():
+            assert figures["peak_mib"] > figures["loaded_mib"] > 0 and figures["seconds"] > 0
+    assert result["goals"][0]["measured"] == max(problem["ratios"]["peak"] for problem in problems)
+
+
 def test_plot(cpu_result, tmp_path):
     pytest.importorskip("matplotlib")
     run("plot.py", cpu_result[0], "--out", tmp_path / "cpu.png")
