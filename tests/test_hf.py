@@ -4,10 +4,8 @@ Runs with transformers 4.51 as well, see test_hf_versions.py.
 """
 
 import copy
-import json
 import pickle
 import types
-from pathlib import Path
 from typing import Any, Dict, List, Optional
 
 import pytest
@@ -197,48 +195,6 @@ def test_generate_with_a_quantized_cache() -> None:
         unquantised = model(made.sequences[:, :-1], use_cache=False).logits[:, tokens.shape[1] - 1 :]
     error = (torch.stack(made.logits, 1) - expected).norm()
     assert error <= 0.2 * (unquantised - expected).norm() and (unquantised - expected).norm() > 0
-
-
-@pytest.mark.parametrize(
-    "options", ({}, {"norm_type": "bhytstar"}, {"last_layer_lam": 1.5}, {"exact_layers": 1}), ids=str
-)
-def test_save_and_load(options: dict, tmp_path: Path) -> None:
-    """save_pretrained, then from_pretrained: the config carries every field and the logits have the same bits."""
-    model = converted(**options)
-    model.save_pretrained(tmp_path)
-    loaded = hf.from_pretrained(tmp_path)
-    assert loaded.config.norm_type == model.config.norm_type and loaded.config.seq_len == 32
-    with torch.no_grad():
-        assert same_bits(loaded(ids()).logits, model(ids()).logits)
-
-
-@pytest.mark.parametrize(
-    "options", ({}, {"use_gamma_var": True}, {"learnable_lam": False}, {"exact_layers": 1}), ids=str
-)
-def test_authors_checkpoint(options: dict, tmp_path: Path) -> None:
-    """Their key names, config fields and shapes load and compute the formulas: kappa and eps of the sites are not in
-    the config (10, 1e-6), a frozen lam has no dimension; unknown schedules are refused."""
-    from safetensors.torch import save_file
-
-    model = converted(seq_len=2, **options)
-    weights = {name: t.contiguous() for name, t in model.state_dict().items()}
-    if not model.config.learnable_lam:
-        weights |= {name: t[0].clone() for name, t in weights.items() if name.endswith(".lam")}
-    save_file(weights, tmp_path / "model.safetensors")
-    fields = dict(
-        norm_type="bhyt", input_layer_lam=2.0, post_layer_lam=1.0, last_layer_lam=0.0, learnable_lam=True, seq_len=2,
-        var_approx_exact_layers=options.get("exact_layers", 0),
-    ) | options
-    theirs = stock(rms_norm_eps=1e-5).config.to_dict() | fields
-    (tmp_path / "config.json").write_text(json.dumps(theirs, default=str))
-    loaded = hf.load_authors_checkpoint(tmp_path)
-    model.model.norm.variance_epsilon = 1e-5
-    with torch.no_grad():
-        expected = logits_by_hand(copy.deepcopy(model).double(), ids())
-        assert (loaded(ids()).logits - expected).abs().max() <= 1e-4 * expected.abs().max()
-    (tmp_path / "config.json").write_text(json.dumps(theirs | {"bhyt_kappa_schedule": "decay"}, default=str))
-    with pytest.raises(NotImplementedError, match="bhyt_kappa_schedule"):
-        hf.load_authors_checkpoint(tmp_path)
 
 
 def test_copies() -> None:

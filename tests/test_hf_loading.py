@@ -5,6 +5,7 @@ Also with transformers 4.51, see test_hf_versions.py.
 
 import copy
 import json
+import os
 import re
 import subprocess
 import sys
@@ -13,11 +14,12 @@ from typing import Any, Dict, Tuple
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from checks import same_bits
 from load_saved import outputs
-from test_hf import SIZES, converted, hf, ids, transformers
+from test_hf import SIZES, converted, hf, ids, logits_by_hand, stock, transformers
 
 TESTS = Path(__file__).parent
 FAMILIES = ("Llama", "Mistral", "Qwen2", "Qwen3") + (("Mixtral",) if transformers.__version__ >= "5" else ())
@@ -88,8 +90,6 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Tuple[Path, Dict[str, Any
 
 
 def load_all(folder: Path, how: str, cache: Path) -> Dict[str, Any]:
-    import os
-
     environment = os.environ | {"HF_HOME": str(cache), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     run = subprocess.run(
         [sys.executable, str(TESTS / "load_saved.py"), str(folder), how],
@@ -139,8 +139,6 @@ def test_round_trips_keep_everything(tied: bool, tmp_path: Path) -> None:
     for number in range(3):
         model.save_pretrained(tmp_path / str(number))
         model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / str(number))
-    from safetensors.torch import load_file
-
     first, last = (load_file(tmp_path / name / "model.safetensors") for name in ("0", "2"))
     assert first.keys() == last.keys() and all(same_bits(first[name], last[name]) for name in first)
     assert sum(name.endswith("variance_offset") for name in first) == SIZES["num_hidden_layers"] - 1
@@ -169,8 +167,6 @@ def test_from_scratch(tmp_path: Path) -> None:
 
 def test_stock_checkpoints_are_no_bhyt_models(tmp_path: Path) -> None:
     """A BHyT class asked to load a plain Llama's folder refuses it."""
-    from test_hf import stock
-
     stock().save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="expected model_type bhyt_llama, got llama"):
         hf.BHyTLlamaForCausalLM.from_pretrained(tmp_path)
@@ -180,8 +176,6 @@ def test_stock_checkpoints_are_no_bhyt_models(tmp_path: Path) -> None:
 
 def old_folder(model: nn.Module, path: Path) -> None:
     """What earlier releases wrote: model_type llama, the fields beside it, no offsets."""
-    from safetensors.torch import load_file, save_file
-
     model.save_pretrained(path)
     (path / "modeling_bhyt.py").unlink()
     config = json.loads((path / "config.json").read_text())
@@ -205,10 +199,48 @@ def test_folders_of_earlier_releases(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="its config says norm_type 'bhyt'.*bhyt.hf.from_pretrained"):
         hf.convert(transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "old"), seq_len=32)
     weights = tmp_path / "old" / "model.safetensors"
-    from safetensors.torch import load_file, save_file
-
     tensors = load_file(weights)
     del tensors["model.layers.1.post_attention_layernorm.lam"]
     save_file(tensors, weights, metadata={"format": "pt"})
     with pytest.raises(RuntimeError, match=r"missing \['model.layers.1.post_attention_layernorm.lam'\]"):
         hf.from_pretrained(tmp_path / "old")
+
+
+@pytest.mark.parametrize(
+    "options", ({}, {"norm_type": "bhytstar"}, {"last_layer_lam": 1.5}, {"exact_layers": 1}), ids=str
+)
+def test_save_and_load(options: dict, tmp_path: Path) -> None:
+    """save_pretrained, then from_pretrained: the config carries every field and the logits have the same bits."""
+    model = converted(**options)
+    model.save_pretrained(tmp_path)
+    loaded = hf.from_pretrained(tmp_path)
+    assert loaded.config.norm_type == model.config.norm_type and loaded.config.seq_len == 32
+    with torch.no_grad():
+        assert same_bits(loaded(ids()).logits, model(ids()).logits)
+
+
+@pytest.mark.parametrize(
+    "options", ({}, {"use_gamma_var": True}, {"learnable_lam": False}, {"exact_layers": 1}), ids=str
+)
+def test_authors_checkpoint(options: dict, tmp_path: Path) -> None:
+    """Their key names, config fields and shapes load and compute the formulas: kappa and eps of the sites are not in
+    the config (10, 1e-6), a frozen lam has no dimension; unknown schedules are refused."""
+    model = converted(seq_len=2, **options)
+    weights = {name: t.contiguous() for name, t in model.state_dict().items()}
+    if not model.config.learnable_lam:
+        weights |= {name: t[0].clone() for name, t in weights.items() if name.endswith(".lam")}
+    save_file(weights, tmp_path / "model.safetensors")
+    fields = dict(
+        norm_type="bhyt", input_layer_lam=2.0, post_layer_lam=1.0, last_layer_lam=0.0, learnable_lam=True, seq_len=2,
+        var_approx_exact_layers=options.get("exact_layers", 0),
+    ) | options
+    theirs = stock(rms_norm_eps=1e-5).config.to_dict() | fields
+    (tmp_path / "config.json").write_text(json.dumps(theirs, default=str))
+    loaded = hf.load_authors_checkpoint(tmp_path)
+    model.model.norm.variance_epsilon = 1e-5
+    with torch.no_grad():
+        expected = logits_by_hand(copy.deepcopy(model).double(), ids())
+        assert (loaded(ids()).logits - expected).abs().max() <= 1e-4 * expected.abs().max()
+    (tmp_path / "config.json").write_text(json.dumps(theirs | {"bhyt_kappa_schedule": "decay"}, default=str))
+    with pytest.raises(NotImplementedError, match="bhyt_kappa_schedule"):
+        hf.load_authors_checkpoint(tmp_path)
