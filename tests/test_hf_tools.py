@@ -1,5 +1,6 @@
 """A saved or converted model in the tools that people use: lm-eval, TRL, PEFT, accelerate, DCP, Trainer, torchao."""
 
+import contextlib
 import copy
 import json
 import os
@@ -112,6 +113,44 @@ def test_adapter_from_its_folder(folder: Path, model: nn.Module, tmp_path: Path)
     loaded = peft.AutoPeftModelForCausalLM.from_pretrained(tmp_path)
     assert computes_the_same(loaded, wrapped)
     assert not same_bits(offsets(wrapped), offsets(model)) and close(offsets(loaded), offsets(wrapped).double())
+
+
+def test_offsets_follow_the_active_adapter(model: nn.Module, tmp_path: Path) -> None:
+    """Adapters on W_V and W_O that are disabled, exchanged, merged or unloaded: the logits of that model, without a
+    refresh by hand; and what is saved of a merged one has its offsets."""
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(r=4, target_modules=["v_proj", "o_proj"], task_type="CAUSAL_LM")
+    wrapped = peft.get_peft_model(copy.deepcopy(model), config)
+    wrapped.add_adapter("other", config)
+    for name, parameter in wrapped.named_parameters():
+        if "lora_B" in name:
+            nn.init.normal_(parameter, std=0.3)
+
+    def true_offsets() -> torch.Tensor:
+        """After a refresh; the model is left as it was found."""
+        twin = copy.deepcopy(wrapped)
+        hf.refresh(twin)
+        return offsets(twin)
+
+    seen = []
+    for adapter in ("default", "other", None, "default"):
+        with wrapped.disable_adapter() if adapter is None else contextlib.nullcontext():
+            if adapter is not None:
+                wrapped.set_adapter(adapter)
+            logits = outputs(wrapped.eval(), ids())
+            assert close(offsets(wrapped), true_offsets().double()), adapter
+            seen.append(logits)
+            if adapter is None:
+                assert same_bits(logits, outputs(model.eval(), ids()))
+    assert same_bits(seen[0], seen[3]) and not torch.allclose(seen[0], seen[1])
+    wrapped.save_pretrained(tmp_path / "adapter", selected_adapters=["default"])
+    loaded = peft.PeftModel.from_pretrained(copy.deepcopy(model), tmp_path / "adapter")
+    merged = loaded.merge_and_unload()
+    merged.save_pretrained(tmp_path / "merged")
+    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    assert close(offsets(again), offsets_by_hand(again.model.layers))
+    assert computes_the_same(again, merged)
+    assert computes_the_same(wrapped.unload(), model)
 
 
 # accelerate

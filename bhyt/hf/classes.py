@@ -17,6 +17,7 @@ from transformers import AutoConfig, PreTrainedModel, modeling_utils
 from transformers.models.auto import configuration_auto, modeling_auto, tokenization_auto
 
 from bhyt.hf.layer import ConvertedLayer
+from bhyt.hf.offsets import active_site
 from bhyt.hf.sites import Plan, SiteFields
 from bhyt.modules import BHyT, BHyTApprox
 
@@ -64,10 +65,14 @@ class BHyTModelMixin(nn.Module):
         else:
             super()._init_weights(module)  # type: ignore[misc]
 
+    def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
+        settle(self)
+        super().save_pretrained(*args, **kwargs)  # type: ignore[misc]
+
     @classmethod
     def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
         loaded = super().from_pretrained(*args, **kwargs)  # type: ignore[misc]
-        refresh_unset(loaded[0] if isinstance(loaded, tuple) else loaded)
+        settle(loaded[0] if isinstance(loaded, tuple) else loaded)
         return loaded
 
     @classmethod
@@ -75,16 +80,17 @@ class BHyTModelMixin(nn.Module):
         """Nothing: it would copy this package's source beside the weights; the config writes what is needed."""
 
 
-def refresh_unset(model: nn.Module) -> None:
+def settle(model: nn.Module) -> None:
     """Offsets that came with the weights stay; those that did not follow from the weights, if these are here."""
     for layer in model.modules():
         if not isinstance(layer, ConvertedLayer) or not layer.approximate:
             continue
-        site, projections = layer.post_attention_layernorm, (layer.self_attn.v_proj, layer.self_attn.o_proj)
-        if not site.has_variance_offset() and not any(p.is_meta for m in projections for p in m.parameters()):
+        site = active_site(layer.post_attention_layernorm)
+        projections = (layer.self_attn.v_proj, layer.self_attn.o_proj)
+        if not any(p.is_meta for m in projections for p in m.parameters()):
             if site.variance_offset.is_meta:  # transformers 4 leaves there what may be missing
                 site.variance_offset = torch.full_like(site.variance_offset, math.nan, device=site.lam.device)
-            layer.refresh()
+            layer.settle()
 
 
 def adopt(model: nn.Module, config: Any) -> None:

@@ -10,7 +10,7 @@ from typing import Any, Iterator, Tuple
 
 from torch import Tensor, nn
 
-from bhyt.hf.offsets import active_site, update_offset
+from bhyt.hf.offsets import active_adapters, active_site, update_offset
 
 PARTS = ("input_layernorm", "self_attn", "post_attention_layernorm", "mlp")
 
@@ -27,14 +27,14 @@ class ConvertedLayer(nn.Module):
     mlp: Any
     config: Any  # has seq_len and use_gamma_var
     approximate: bool  # the second site; a wrapper in its place may hide which it is
+    offset_adapters: Any  # those on W_V and W_O for which the offset was computed
     _returns_tuple: bool  # (hidden_states, ...), as transformers before 4.54 do
     _argument_names: Tuple[str, ...]  # of the layer's forward, behind hidden_states
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         kwargs.update(zip(self._argument_names, args))
         if self.approximate:
-            if not active_site(self.post_attention_layernorm).has_variance_offset():
-                self.refresh()  # loaded without: the weights that it follows from are here
+            self.settle()
             y, variance = self.input_layernorm(hidden_states, return_variance=True)
             branch, weights = self.self_attn(hidden_states=y, **kwargs)[:2]
             y, hidden_states = self.post_attention_layernorm(branch, variance, residual=hidden_states)
@@ -50,6 +50,13 @@ class ConvertedLayer(nn.Module):
     def refresh(self) -> None:
         """Recompute the approximate site's offset from the weights as they are now."""
         update_offset(self, self.config.seq_len, self.config.use_gamma_var)
+        self.offset_adapters = active_adapters(self.self_attn)
+
+    def settle(self) -> None:
+        """Refresh an offset that came with no weights, or is that of W_V and W_O with other adapters than are active."""
+        site = active_site(self.post_attention_layernorm)
+        if self.offset_adapters != active_adapters(self.self_attn) or not site.has_variance_offset():
+            self.refresh()
 
     def __reduce__(self) -> Tuple[Any, ...]:  # the class is made at run time: pickle and deepcopy make it again
         return _empty_layer, (type(self).__mro__[2], self._returns_tuple), self.__dict__

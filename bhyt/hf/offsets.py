@@ -1,7 +1,7 @@
 """The variance offset of a layer's second site: c of its attention, as its weights are now."""
 
 import contextlib
-from typing import Any, Iterable, Iterator
+from typing import Any, Iterable, Iterator, Tuple
 
 import torch
 from torch import Tensor, nn
@@ -45,6 +45,15 @@ def active_site(module: Any) -> Any:
     if module.disable_adapters or getattr(module, "merged", False):
         return original
     return next((copies[name] for name in _names(module.active_adapter) if name in copies), original)
+
+
+def active_adapters(attention: Any) -> Tuple[Any, ...]:
+    """Names of PEFT's adapters that W_V and W_O are computed with now; merged ones count as active."""
+    projections = (attention.v_proj, attention.o_proj)
+    return tuple(
+        tuple(_names(p.active_adapters)) if hasattr(p, "disable_adapters") and not p.disable_adapters else ()
+        for p in projections
+    )
 
 
 def _names(adapters: Any) -> Iterable[str]:

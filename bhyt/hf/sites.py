@@ -8,6 +8,7 @@ from torch import nn
 
 from bhyt.hf.checks import check_attention, check_layer, check_norm
 from bhyt.hf.layer import PARTS, converted_class, decoder_layers
+from bhyt.hf.offsets import active_adapters
 from bhyt.modules import BHyT, BHyTApprox
 
 NORM_TYPES = ("bhyt", "bhytline", "bhytstar")
@@ -74,6 +75,7 @@ class Plan:
         fields = self.fields
         for layer, layer_class in zip(self._layers, self._classes):
             layer.config, layer.approximate = config, layer in self._approximate
+            layer.offset_adapters = active_adapters(layer.self_attn) if layer.approximate else ()
             layer.input_layernorm = self._site(layer.input_layernorm, BHyT, fields.input_layer_lam, warm_start)
             second = BHyTApprox if layer.approximate else BHyT
             layer.post_attention_layernorm = self._site(
