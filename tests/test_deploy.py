@@ -2,8 +2,6 @@
 docs/deploy.md."""
 
 import io
-import os
-import re
 import shutil
 import subprocess
 import sys
@@ -16,6 +14,7 @@ from torch import Tensor, nn
 
 import bhyt
 from checks import same_bits
+from pages import blocks, run_block
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "examples"))
@@ -242,25 +241,16 @@ def test_export_keeps_the_ops() -> None:
 
 # ---- docs/deploy.md
 
-BLOCK = re.compile(r"^```(python|bash)( \S+)?\n(.*?)^```$", re.MULTILINE | re.DOTALL)
-
 
 @pytest.mark.slow
 def test_deploy_page(programs: Path) -> None:
     """Every route of the page, where its C++ build stands; a block with a file name is written. USERS rows 22, 23."""
     pytest.importorskip("onnxscript")
     pytest.importorskip("onnxruntime")
-    blocks = BLOCK.findall((ROOT / "docs" / "deploy.md").read_text())
-    assert len(blocks) >= 10, "the page has lost its blocks"
-    folder = programs.parent
-    # `python` in the page is this one; from here bhyt is the package under test, not the checkout.
-    path = os.pathsep.join((str(Path(sys.executable).parent), os.environ["PATH"]))
-    for language, name, code in blocks:
+    page, folder = blocks("docs/deploy.md"), programs.parent
+    assert len(page) >= 10, "the page has lost its blocks"
+    for language, name, code in page:
         if name:
-            (folder / name.strip()).write_text(code)
-            continue
-        command = [sys.executable, "-c", code] if language == "python" else ["bash", "-euo", "pipefail", "-c", code]
-        run = subprocess.run(
-            command, cwd=folder, capture_output=True, text=True, env=dict(os.environ, PATH=path)
-        )
-        assert run.returncode == 0, f"{code}\n{run.stdout}\n{run.stderr}"
+            (folder / name).write_text(code)
+        else:
+            run_block(language, code, folder)

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from pages import blocks
+
 ROOT = Path(__file__).parent.parent
 
 
@@ -31,11 +33,11 @@ def test_blocks_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("transformers")
     monkeypatch.chdir(tmp_path)
     for page in ("README.md", "docs/usage.md"):
-        blocks = re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), re.DOTALL)
-        assert len(blocks) == 2, page
+        python = [code for language, _, code in blocks(page) if language == "python"]
+        assert len(python) == 2, page
         names: dict = {}
-        for block in blocks:
-            exec(compile(block, page, "exec"), names)
+        for code in python:
+            exec(compile(code, page, "exec"), names)
     assert (tmp_path / "folder" / "config.json").exists()
 
 
