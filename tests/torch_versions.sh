@@ -12,7 +12,7 @@ work="$(mktemp -d)"
 trap 'rm -rf "$work"' EXIT
 environments="${TORCH_ENVIRONMENTS:-$work}"
 mkdir -p "$environments"
-files=(accuracy autograd opcheck compile modules determinism errors block gain dtypes deploy package)
+files=(accuracy autograd opcheck compile modules offset determinism errors block gain dtypes deploy package)
 paths=("${files[@]/#/tests/test_}")
 paths=("${paths[@]/%/.py}")
 failed=0
