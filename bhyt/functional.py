@@ -1,4 +1,4 @@
-"""The four forward ops, differentiable in every tensor but `variance_offset`.
+"""The four forward ops, differentiable in every tensor but `variance_offset`, and their quantised twins.
 
 Shapes: a row is the last dimension, of d elements; `[...]` is any number of leading dimensions.
 Dtypes: rows are float32, float64, float16 or bfloat16. Arithmetic, variances and sums over rows are float32 (float64
@@ -20,6 +20,10 @@ _forward: Callable[..., Tuple[Tensor, Tensor]] = torch.ops.bhyt.forward
 _forward_approx: Callable[..., Tensor] = torch.ops.bhyt.forward_approx
 _add_forward: Callable[..., Tuple[Tensor, Tensor, Tensor]] = torch.ops.bhyt.add_forward
 _add_forward_approx: Callable[..., Tuple[Tensor, Tensor]] = torch.ops.bhyt.add_forward_approx
+_forward_quantized: Callable[..., Tuple[Tensor, Tensor]] = torch.ops.bhyt.forward_quantized
+_forward_approx_quantized: Callable[..., Tensor] = torch.ops.bhyt.forward_approx_quantized
+_add_forward_quantized: Callable[..., Tuple[Tensor, Tensor, Tensor]] = torch.ops.bhyt.add_forward_quantized
+_add_forward_approx_quantized: Callable[..., Tuple[Tensor, Tensor]] = torch.ops.bhyt.add_forward_approx_quantized
 
 
 def forward(
@@ -106,3 +110,100 @@ def add_forward_approx(
         sum: [..., d] in residual's dtype, the new residual stream.
     """
     return _add_forward_approx(x, residual, variance, variance_offset, weight, lam, kappa, eps)
+
+
+def forward_quantized(
+    x: Tensor,
+    weight: Optional[Tensor],
+    lam: Tensor,
+    scale: float,
+    zero_point: int = 0,
+    dtype: torch.dtype = torch.int8,
+    kappa: float = 10.0,
+    eps: float = 1e-6,
+) -> Tuple[Tensor, Tensor]:
+    """`forward` with y in eight bits: q = saturate(round_half_even(y / scale) + zero_point), y before any rounding.
+
+    Since |y| <= |weight| whatever the input, scale = max|weight| / 127 is right for int8 without calibration. Not
+    differentiable.
+
+    Args:
+        x, weight, lam, kappa, eps: as for `forward`.
+        scale: a number from 2^-126 to 2^126.
+        zero_point: of dtype; 0 for float8_e4m3fn.
+        dtype: int8, uint8 (with zero_point 128, what oneDNN's linears read) or float8_e4m3fn, which saturates at 448.
+
+    Returns:
+        q: [..., d] of dtype. Where y is NaN it is zero_point, in float8_e4m3fn NaN.
+        variance: as from `forward`, the same bits.
+
+    Raises:
+        RuntimeError: a gradient would have to be recorded.
+    """
+    return _forward_quantized(x, weight, lam, scale, zero_point, dtype, kappa, eps)
+
+
+def forward_approx_quantized(
+    x: Tensor,
+    variance: Tensor,
+    variance_offset: Optional[Tensor],
+    weight: Optional[Tensor],
+    lam: Tensor,
+    scale: float,
+    zero_point: int = 0,
+    dtype: torch.dtype = torch.int8,
+    kappa: float = 10.0,
+    eps: float = 1e-6,
+) -> Tensor:
+    """`forward_approx` with y in eight bits; see `forward_quantized`.
+
+    Returns:
+        q: [..., d] of dtype.
+    """
+    return _forward_approx_quantized(
+        x, variance, variance_offset, weight, lam, scale, zero_point, dtype, kappa, eps
+    )
+
+
+def add_forward_quantized(
+    x: Tensor,
+    residual: Tensor,
+    weight: Optional[Tensor],
+    lam: Tensor,
+    scale: float,
+    zero_point: int = 0,
+    dtype: torch.dtype = torch.int8,
+    kappa: float = 10.0,
+    eps: float = 1e-6,
+) -> Tuple[Tensor, Tensor, Tensor]:
+    """`add_forward` with y in eight bits; see `forward_quantized`.
+
+    Returns:
+        q: [..., d] of dtype.
+        sum, variance: as from `add_forward`, the same bits.
+    """
+    return _add_forward_quantized(x, residual, weight, lam, scale, zero_point, dtype, kappa, eps)
+
+
+def add_forward_approx_quantized(
+    x: Tensor,
+    residual: Tensor,
+    variance: Tensor,
+    variance_offset: Optional[Tensor],
+    weight: Optional[Tensor],
+    lam: Tensor,
+    scale: float,
+    zero_point: int = 0,
+    dtype: torch.dtype = torch.int8,
+    kappa: float = 10.0,
+    eps: float = 1e-6,
+) -> Tuple[Tensor, Tensor]:
+    """`add_forward_approx` with y in eight bits; see `forward_quantized`.
+
+    Returns:
+        q: [..., d] of dtype.
+        sum: as from `add_forward_approx`, the same bits.
+    """
+    return _add_forward_approx_quantized(
+        x, residual, variance, variance_offset, weight, lam, scale, zero_point, dtype, kappa, eps
+    )

@@ -77,3 +77,83 @@ def add_forward_approx(
     """sum = x + residual, then `forward_approx` on the sum; y in x's dtype."""
     total = residual + x
     return _site(total, _shifted(variance, variance_offset), weight, lam, kappa, eps, x.dtype), total
+
+
+def _quantized(y: Tensor, scale: float, zero_point: int, dtype: torch.dtype) -> Tensor:
+    """saturate(round_half_even(y / scale) + zero_point); a NaN is zero_point, in float8 NaN."""
+    if dtype == torch.float8_e4m3fn:
+        return (y / scale).clamp(-448, 448).to(dtype)
+    limits = torch.iinfo(dtype)
+    q = (y / scale).round().nan_to_num(0.0).clamp(limits.min - zero_point, limits.max - zero_point)
+    return (q + zero_point).to(dtype)
+
+
+def forward_quantized(
+    x: Tensor,
+    weight: Optional[Tensor],
+    lam: Tensor,
+    scale: float,
+    zero_point: int = 0,
+    dtype: torch.dtype = torch.int8,
+    kappa: float = 10.0,
+    eps: float = 1e-6,
+) -> Tuple[Tensor, Tensor]:
+    """q = saturate(round_half_even(y / scale) + zero_point) of `forward`'s y before any rounding."""
+    row, variance = _accumulate(x), mean_square(x)
+    y = _site(row, variance, weight, lam, kappa, eps, row.dtype)
+    return _quantized(y, scale, zero_point, dtype), variance
+
+
+def forward_approx_quantized(
+    x: Tensor,
+    variance: Tensor,
+    variance_offset: Optional[Tensor],
+    weight: Optional[Tensor],
+    lam: Tensor,
+    scale: float,
+    zero_point: int = 0,
+    dtype: torch.dtype = torch.int8,
+    kappa: float = 10.0,
+    eps: float = 1e-6,
+) -> Tensor:
+    """q of `forward_approx`'s y before any rounding."""
+    row = _accumulate(x)
+    y = _site(row, _shifted(variance, variance_offset), weight, lam, kappa, eps, row.dtype)
+    return _quantized(y, scale, zero_point, dtype)
+
+
+def add_forward_quantized(
+    x: Tensor,
+    residual: Tensor,
+    weight: Optional[Tensor],
+    lam: Tensor,
+    scale: float,
+    zero_point: int = 0,
+    dtype: torch.dtype = torch.int8,
+    kappa: float = 10.0,
+    eps: float = 1e-6,
+) -> Tuple[Tensor, Tensor, Tensor]:
+    """sum = x + residual, then `forward_quantized` on the sum."""
+    total = residual + x
+    q, variance = forward_quantized(total, weight, lam, scale, zero_point, dtype, kappa, eps)
+    return q, total, variance
+
+
+def add_forward_approx_quantized(
+    x: Tensor,
+    residual: Tensor,
+    variance: Tensor,
+    variance_offset: Optional[Tensor],
+    weight: Optional[Tensor],
+    lam: Tensor,
+    scale: float,
+    zero_point: int = 0,
+    dtype: torch.dtype = torch.int8,
+    kappa: float = 10.0,
+    eps: float = 1e-6,
+) -> Tuple[Tensor, Tensor]:
+    """sum = x + residual, then `forward_approx_quantized` on the sum."""
+    total = residual + x
+    return forward_approx_quantized(
+        total, variance, variance_offset, weight, lam, scale, zero_point, dtype, kappa, eps
+    ), total

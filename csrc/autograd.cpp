@@ -1,4 +1,4 @@
-// Autograd of the six ops. Three routes, chosen per call:
+// Autograd of the ops. Three routes of those that have gradients, chosen per call:
 //   composite      a functorch transform or a forward-mode tangent is present, or a backward is differentiated in turn
 //   below autograd nothing requires grad
 //   SiteBackward   otherwise: the fused op, and a node whose backward calls bhyt::backward through the dispatcher
@@ -9,6 +9,8 @@
 #include <torch/csrc/autograd/saved_variable.h>
 #include <torch/csrc/dynamo/compiled_autograd.h>
 #include <torch/library.h>
+
+#include <string>
 
 #include "composite.h"
 
@@ -67,6 +69,16 @@ bool has_tangent(const Tensor& t) { return t.defined() && t._fw_grad(/*level=*/0
 bool has_tangent(const OptionalTensor& t) { return t && has_tangent(*t); }
 bool requires_grad(const Tensor& t) { return t.defined() && t.requires_grad(); }
 bool requires_grad(const OptionalTensor& t) { return t && requires_grad(*t); }
+
+// Of an argument that is no tensor.
+template <typename T>
+bool has_tangent(const T&) {
+  return false;
+}
+template <typename T>
+bool requires_grad(const T&) {
+  return false;
+}
 
 bool inside_functorch_transform() {
   return c10::impl::tls_is_dispatch_key_included(c10::DispatchKey::FuncTorchDynamicLayerFrontMode);
@@ -293,6 +305,24 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward_approx(DispatchKeySet keys, 
   return backward_approx_op().below(keys, grad_y, grad_sum, x, variance, offset, weight, lam, kappa, eps, output_mask);
 }
 
+// The quantised ops have no gradients: what would record them is an error.
+template <const char* name, auto composite_op>
+struct NoGradient;
+
+template <const char* name, typename Return, typename... Args, Return (*composite_op)(Args...)>
+struct NoGradient<name, composite_op> {
+  static Return call(DispatchKeySet keys, Args... args) {
+    TORCH_CHECK(!wants_graph(args...) && !(has_tangent(args) || ...), "bhyt: ", name,
+                ": not differentiable; call it under torch.no_grad(), or with tensors that do not require grad");
+    if (inside_functorch_transform()) return composite_op(args...);
+    static const Op<composite_op> op((std::string("bhyt::") + name).c_str());
+    return op.below(keys, args...);
+  }
+};
+
+constexpr char kForward[] = "forward_quantized", kForwardApprox[] = "forward_approx_quantized";
+constexpr char kAddForward[] = "add_forward_quantized", kAddForwardApprox[] = "add_forward_approx_quantized";
+
 }  // namespace
 
 TORCH_LIBRARY_IMPL(bhyt, Autograd, m) {
@@ -300,6 +330,10 @@ TORCH_LIBRARY_IMPL(bhyt, Autograd, m) {
   m.impl("forward_approx", forward_approx);
   m.impl("add_forward", add_forward);
   m.impl("add_forward_approx", add_forward_approx);
+  m.impl(kForward, NoGradient<kForward, &composite::forward_quantized>::call);
+  m.impl(kForwardApprox, NoGradient<kForwardApprox, &composite::forward_approx_quantized>::call);
+  m.impl(kAddForward, NoGradient<kAddForward, &composite::add_forward_quantized>::call);
+  m.impl(kAddForwardApprox, NoGradient<kAddForwardApprox, &composite::add_forward_approx_quantized>::call);
   m.impl("backward", backward);
   m.impl("backward_approx", backward_approx);
 }

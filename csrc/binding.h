@@ -21,6 +21,9 @@ inline DType dtype_of(const Tensor& t) {
     case at::kHalf: return DType::f16;
     case at::kBFloat16: return DType::bf16;
     case at::kDouble: return DType::f64;
+    case at::kChar: return DType::i8;
+    case at::kByte: return DType::u8;
+    case at::kFloat8_e4m3fn: return DType::f8;
     default: return DType::f32;  // checks.h has refused everything else
   }
 }
@@ -90,23 +93,34 @@ inline void describe_site(SiteParams& p, RowViews& view, const Tensor& stream, c
 // How a device makes an output: the sizes and dtype given, on x's device.
 using Allocate = Tensor (*)(at::IntArrayRef sizes, at::ScalarType dtype, const Tensor& x);
 
-// A forward call, exact (no variance given) or approximate, with or without a residual.
+// How a call asks for y in eight bits, in the names of the schemas.
+struct Quantized {
+  double scale;
+  int64_t zero_point;
+  at::ScalarType dtype;
+};
+
+// A forward call, exact (no variance given) or approximate, with or without a residual, quantised or not.
 struct ForwardCall {
   ForwardParams params;
   Tensor y, sum, variance;  // sum: with a residual only; variance: of exact sites only
 
   ForwardCall(Allocate allocate, const Tensor& x, const Tensor* residual, const Tensor* given_variance,
-              const OptionalTensor& offset, const OptionalTensor& weight, const Tensor& lam, double kappa, double eps) {
+              const OptionalTensor& offset, const OptionalTensor& weight, const Tensor& lam, double kappa, double eps,
+              const std::optional<Quantized>& quantized = {}) {
     if (residual) checks::residual(x, *residual);
     const Tensor& stream = residual ? *residual : x;
     checks::site(x, weight, lam, kappa, eps);
     if (given_variance) checks::given_variance(stream, *given_variance, offset);
+    if (quantized) checks::quantization(quantized->scale, quantized->zero_point, quantized->dtype);
 
     describe_site(params, view_, stream, weight, lam, kappa, eps);
     params.branch = dtype_of(x);
     params.exact = given_variance == nullptr;
     params.x = view_(x);
-    y = allocate(x.sizes(), x.scalar_type(), x);
+    y = allocate(x.sizes(), quantized ? quantized->dtype : x.scalar_type(), x);
+    if (quantized)
+      params.quantization = {dtype_of(y), 1 / quantized->scale, static_cast<int>(quantized->zero_point)};
     params.y = y.mutable_data_ptr();
     if (residual) {
       params.residual = view_(*residual);
@@ -175,7 +189,7 @@ inline Tensor allocate_by_dispatch(at::IntArrayRef sizes, at::ScalarType dtype, 
   return at::empty(sizes, x.options().dtype(dtype));
 }
 
-// The six ops of a device whose kernels run a ForwardParams or a BackwardParams. `x` is given for its device.
+// The ops of a device whose kernels run a ForwardParams or a BackwardParams. `x` is given for its device.
 template <void (*run_forward)(const ForwardParams&, const Tensor& x),
           void (*run_backward)(const BackwardParams&, const Tensor& x), Allocate allocate = allocate_by_dispatch>
 struct DeviceOps {
@@ -206,6 +220,42 @@ struct DeviceOps {
                                                        const OptionalTensor& weight, const Tensor& lam, double kappa,
                                                        double eps) {
     ForwardCall call(allocate, x, &residual, &variance, variance_offset, weight, lam, kappa, eps);
+    run_forward(call.params, x);
+    return {std::move(call.y), std::move(call.sum)};
+  }
+
+  static std::tuple<Tensor, Tensor> forward_quantized(const Tensor& x, const OptionalTensor& weight, const Tensor& lam,
+                                                      double scale, int64_t zero_point, at::ScalarType dtype,
+                                                      double kappa, double eps) {
+    ForwardCall call(allocate, x, nullptr, nullptr, {}, weight, lam, kappa, eps, Quantized{scale, zero_point, dtype});
+    run_forward(call.params, x);
+    return {std::move(call.y), std::move(call.variance)};
+  }
+
+  static Tensor forward_approx_quantized(const Tensor& x, const Tensor& variance, const OptionalTensor& variance_offset,
+                                         const OptionalTensor& weight, const Tensor& lam, double scale,
+                                         int64_t zero_point, at::ScalarType dtype, double kappa, double eps) {
+    ForwardCall call(allocate, x, nullptr, &variance, variance_offset, weight, lam, kappa, eps,
+                     Quantized{scale, zero_point, dtype});
+    run_forward(call.params, x);
+    return std::move(call.y);
+  }
+
+  static std::tuple<Tensor, Tensor, Tensor> add_forward_quantized(const Tensor& x, const Tensor& residual,
+                                                                  const OptionalTensor& weight, const Tensor& lam,
+                                                                  double scale, int64_t zero_point,
+                                                                  at::ScalarType dtype, double kappa, double eps) {
+    ForwardCall call(allocate, x, &residual, nullptr, {}, weight, lam, kappa, eps, Quantized{scale, zero_point, dtype});
+    run_forward(call.params, x);
+    return {std::move(call.y), std::move(call.sum), std::move(call.variance)};
+  }
+
+  static std::tuple<Tensor, Tensor> add_forward_approx_quantized(
+      const Tensor& x, const Tensor& residual, const Tensor& variance, const OptionalTensor& variance_offset,
+      const OptionalTensor& weight, const Tensor& lam, double scale, int64_t zero_point, at::ScalarType dtype,
+      double kappa, double eps) {
+    ForwardCall call(allocate, x, &residual, &variance, variance_offset, weight, lam, kappa, eps,
+                     Quantized{scale, zero_point, dtype});
     run_forward(call.params, x);
     return {std::move(call.y), std::move(call.sum)};
   }

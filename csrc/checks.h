@@ -30,6 +30,7 @@ inline const char* name_of(ScalarType t) {
     case at::kChar: return "int8";
     case at::kByte: return "uint8";
     case at::kBool: return "bool";
+    case at::kFloat8_e4m3fn: return "float8_e4m3fn";
     case at::kComplexFloat: return "complex64";
     case at::kComplexDouble: return "complex128";
     default: return c10::toString(t);
@@ -118,6 +119,19 @@ inline void residual(const Tensor& x, const Tensor& residual) {
 inline void given_variance(const Tensor& stream, const Tensor& variance, const std::optional<Tensor>& offset) {
   per_row("variance", variance, stream);
   if (offset) one_element("variance_offset", *offset, stream);
+}
+
+inline bool is_quantized(ScalarType t) { return t == at::kChar || t == at::kByte || t == at::kFloat8_e4m3fn; }
+
+// 1 / scale is a normal float32 within these.
+inline void quantization(double scale, int64_t zero_point, ScalarType dtype) {
+  TORCH_CHECK_TYPE(is_quantized(dtype), "bhyt: dtype: expected int8, uint8 or float8_e4m3fn, got ", name_of(dtype));
+  TORCH_CHECK_VALUE(scale >= 0x1p-126 && scale <= 0x1p126, "bhyt: scale: expected a number > 0 (2^-126 to 2^126), got ",
+                    scale);
+  const int64_t lowest = dtype == at::kChar ? -128 : 0;
+  const int64_t highest = dtype == at::kFloat8_e4m3fn ? 0 : lowest + 255;
+  TORCH_CHECK_VALUE(zero_point >= lowest && zero_point <= highest, "bhyt: zero_point: expected an integer from ",
+                    lowest, " to ", highest, " for ", name_of(dtype), ", got ", zero_point);
 }
 
 inline void gradients(const Tensor& grad_y, const std::optional<Tensor>& grad_sum, const Tensor& x) {

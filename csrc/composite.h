@@ -23,14 +23,20 @@ inline Tensor scale_over_lam(const Tensor& variance, const OptionalTensor& offse
   return (v + eps).rsqrt() / kappa;
 }
 
-// y = weight * tanh(a x) in the accumulate dtype, rounded once to `dtype`; contiguous, as Meta says of every output.
-inline Tensor apply_site(const Tensor& row, const Tensor& variance, const OptionalTensor& offset,
-                         const OptionalTensor& weight, const Tensor& lam, double kappa, double eps,
-                         at::ScalarType dtype) {
+// y = weight * tanh(a x) in the accumulate dtype.
+inline Tensor site_of(const Tensor& row, const Tensor& variance, const OptionalTensor& offset,
+                      const OptionalTensor& weight, const Tensor& lam, double kappa, double eps) {
   const Tensor a = lam.to(row.scalar_type()).reshape({}) * scale_over_lam(variance, offset, kappa, eps);
   Tensor y = (row * a).tanh();
   if (weight) y = y * weight->to(row.scalar_type());
-  return y.to(dtype).contiguous();
+  return y;
+}
+
+// y rounded once to `dtype`; contiguous, as Meta says of every output.
+inline Tensor apply_site(const Tensor& row, const Tensor& variance, const OptionalTensor& offset,
+                         const OptionalTensor& weight, const Tensor& lam, double kappa, double eps,
+                         at::ScalarType dtype) {
+  return site_of(row, variance, offset, weight, lam, kappa, eps).to(dtype).contiguous();
 }
 
 inline Tensor accumulate(const Tensor& t) { return t.to(checks::accumulate_type(t.scalar_type())); }
@@ -66,6 +72,60 @@ inline std::tuple<Tensor, Tensor> add_forward_approx(const Tensor& x, const Tens
   checks::given_variance(residual, variance, offset);
   const Tensor sum = (residual + x).contiguous();
   return {apply_site(accumulate(sum), variance, offset, weight, lam, kappa, eps, x.scalar_type()), sum};
+}
+
+// q = saturate(round_half_even(y / scale) + zero_point); a NaN is zero_point, in float8 NaN.
+inline Tensor quantize(const Tensor& y, double scale, int64_t zero_point, at::ScalarType dtype) {
+  const Tensor scaled = y / scale;
+  if (dtype == at::kFloat8_e4m3fn) return scaled.clamp(-448, 448).to(dtype).contiguous();
+  const int64_t lowest = dtype == at::kChar ? -128 : 0;
+  const Tensor q = scaled.round().nan_to_num(0).clamp(lowest - zero_point, lowest + 255 - zero_point) + zero_point;
+  return q.to(dtype).contiguous();
+}
+
+inline std::tuple<Tensor, Tensor> forward_quantized(const Tensor& x, const OptionalTensor& weight, const Tensor& lam,
+                                                    double scale, int64_t zero_point, at::ScalarType dtype,
+                                                    double kappa, double eps) {
+  checks::site(x, weight, lam, kappa, eps);
+  checks::quantization(scale, zero_point, dtype);
+  const Tensor row = accumulate(x), variance = mean_square(row);
+  return {quantize(site_of(row, variance, {}, weight, lam, kappa, eps), scale, zero_point, dtype), variance};
+}
+
+inline Tensor forward_approx_quantized(const Tensor& x, const Tensor& variance, const OptionalTensor& offset,
+                                       const OptionalTensor& weight, const Tensor& lam, double scale,
+                                       int64_t zero_point, at::ScalarType dtype, double kappa, double eps) {
+  checks::site(x, weight, lam, kappa, eps);
+  checks::given_variance(x, variance, offset);
+  checks::quantization(scale, zero_point, dtype);
+  const Tensor y = site_of(accumulate(x), variance, offset, weight, lam, kappa, eps);
+  return quantize(y, scale, zero_point, dtype);
+}
+
+inline std::tuple<Tensor, Tensor, Tensor> add_forward_quantized(const Tensor& x, const Tensor& residual,
+                                                                const OptionalTensor& weight, const Tensor& lam,
+                                                                double scale, int64_t zero_point, at::ScalarType dtype,
+                                                                double kappa, double eps) {
+  checks::residual(x, residual);
+  checks::site(x, weight, lam, kappa, eps);
+  checks::quantization(scale, zero_point, dtype);
+  const Tensor sum = (residual + x).contiguous(), row = accumulate(sum), variance = mean_square(row);
+  const Tensor y = site_of(row, variance, {}, weight, lam, kappa, eps);
+  return {quantize(y, scale, zero_point, dtype), sum, variance};
+}
+
+inline std::tuple<Tensor, Tensor> add_forward_approx_quantized(const Tensor& x, const Tensor& residual,
+                                                               const Tensor& variance, const OptionalTensor& offset,
+                                                               const OptionalTensor& weight, const Tensor& lam,
+                                                               double scale, int64_t zero_point, at::ScalarType dtype,
+                                                               double kappa, double eps) {
+  checks::residual(x, residual);
+  checks::site(x, weight, lam, kappa, eps);
+  checks::given_variance(residual, variance, offset);
+  checks::quantization(scale, zero_point, dtype);
+  const Tensor sum = (residual + x).contiguous();
+  const Tensor y = site_of(accumulate(sum), variance, offset, weight, lam, kappa, eps);
+  return {quantize(y, scale, zero_point, dtype), sum};
 }
 
 // The terms both backward formulas share, in SPEC names:

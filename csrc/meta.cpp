@@ -16,6 +16,11 @@ using OptionalTensor = std::optional<Tensor>;
 
 Tensor like(const Tensor& t) { return at::empty_symint(t.sym_sizes(), t.options()); }
 
+Tensor like(const Tensor& t, double scale, int64_t zero_point, at::ScalarType dtype) {
+  checks::quantization(scale, zero_point, dtype);
+  return at::empty_symint(t.sym_sizes(), t.options().dtype(dtype));
+}
+
 Tensor variance_of(const Tensor& stream) {
   c10::SymDimVector sizes(stream.sym_sizes());
   sizes.back() = 1;
@@ -51,6 +56,40 @@ std::tuple<Tensor, Tensor> add_forward_approx(const Tensor& x, const Tensor& res
   return {like(x), like(residual)};
 }
 
+std::tuple<Tensor, Tensor> forward_quantized(const Tensor& x, const OptionalTensor& weight, const Tensor& lam,
+                                             double scale, int64_t zero_point, at::ScalarType dtype, double kappa,
+                                             double eps) {
+  checks::site(x, weight, lam, kappa, eps);
+  return {like(x, scale, zero_point, dtype), variance_of(x)};
+}
+
+Tensor forward_approx_quantized(const Tensor& x, const Tensor& variance, const OptionalTensor& offset,
+                                const OptionalTensor& weight, const Tensor& lam, double scale, int64_t zero_point,
+                                at::ScalarType dtype, double kappa, double eps) {
+  checks::site(x, weight, lam, kappa, eps);
+  checks::given_variance(x, variance, offset);
+  return like(x, scale, zero_point, dtype);
+}
+
+std::tuple<Tensor, Tensor, Tensor> add_forward_quantized(const Tensor& x, const Tensor& residual,
+                                                         const OptionalTensor& weight, const Tensor& lam, double scale,
+                                                         int64_t zero_point, at::ScalarType dtype, double kappa,
+                                                         double eps) {
+  checks::residual(x, residual);
+  checks::site(x, weight, lam, kappa, eps);
+  return {like(x, scale, zero_point, dtype), like(residual), variance_of(residual)};
+}
+
+std::tuple<Tensor, Tensor> add_forward_approx_quantized(const Tensor& x, const Tensor& residual, const Tensor& variance,
+                                                        const OptionalTensor& offset, const OptionalTensor& weight,
+                                                        const Tensor& lam, double scale, int64_t zero_point,
+                                                        at::ScalarType dtype, double kappa, double eps) {
+  checks::residual(x, residual);
+  checks::site(x, weight, lam, kappa, eps);
+  checks::given_variance(residual, variance, offset);
+  return {like(x, scale, zero_point, dtype), like(residual)};
+}
+
 std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad_y, const OptionalTensor& grad_variance,
                                             const OptionalTensor& grad_sum, const Tensor& x, const Tensor& variance,
                                             const OptionalTensor& weight, const Tensor& lam, double kappa, double eps,
@@ -82,6 +121,10 @@ TORCH_LIBRARY_IMPL(bhyt, Meta, m) {
   m.impl("forward_approx", forward_approx);
   m.impl("add_forward", add_forward);
   m.impl("add_forward_approx", add_forward_approx);
+  m.impl("forward_quantized", forward_quantized);
+  m.impl("forward_approx_quantized", forward_approx_quantized);
+  m.impl("add_forward_quantized", add_forward_quantized);
+  m.impl("add_forward_approx_quantized", add_forward_approx_quantized);
   m.impl("backward", backward);
   m.impl("backward_approx", backward_approx);
 }

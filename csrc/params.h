@@ -2,15 +2,19 @@
 #pragma once
 
 #include <cstdint>
+#include <optional>
 
 namespace bhyt {
 
-enum class DType : int8_t { f16, bf16, f32, f64 };
+// Those of eight bits are for quantised outputs alone; f8 is float8_e4m3fn.
+enum class DType : int8_t { f16, bf16, f32, f64, i8, u8, f8 };
 
 // The dtype arithmetic, statistics and sums over rows are done in.
 constexpr DType accumulate_dtype(DType stream) { return stream == DType::f64 ? DType::f64 : DType::f32; }
 
-constexpr int64_t size_of(DType t) { return t == DType::f64 ? 8 : t == DType::f32 ? 4 : 2; }
+constexpr int64_t size_of(DType t) {
+  return t == DType::f64 ? 8 : t == DType::f32 ? 4 : t == DType::f16 || t == DType::bf16 ? 2 : 1;
+}
 
 // Row i starts at data + i * stride (elements); the d elements of a row are adjacent.
 // stride 0 repeats one row; data == nullptr means "not given" or "not wanted".
@@ -41,13 +45,25 @@ struct SiteParams {
   double eps = 1e-6;
 };
 
+// y in eight bits, q = saturate(round_half_even(y / scale) + zero_point) of the y before any rounding. A NaN is
+// zero_point, in f8 (whose zero_point is 0) NaN.
+struct Quantization {
+  DType dtype = DType::i8;
+  double inverse_scale = 1;  // a normal float32
+  int zero_point = 0;        // within the limits of dtype
+
+  constexpr double lowest() const { return dtype == DType::f8 ? -448 : dtype == DType::u8 ? 0 : -128; }
+  constexpr double highest() const { return dtype == DType::f8 ? 448 : dtype == DType::u8 ? 255 : 127; }
+};
+
 struct ForwardParams : SiteParams {
   Rows x;                               // [rows, d] branch; without a residual also the stream
   Rows residual;                        // [rows, d] stream, optional
-  void* y = nullptr;                    // [rows, d] branch, contiguous
+  void* y = nullptr;                    // [rows, d] branch, or quantization->dtype; contiguous
   void* sum = nullptr;                  // [rows, d] stream, contiguous; with a residual only
   const void* variance = nullptr;       // [rows] accumulate dtype; approximate sites
   void* variance_out = nullptr;         // [rows] accumulate dtype; exact sites
+  std::optional<Quantization> quantization;
 };
 
 struct BackwardParams : SiteParams {

@@ -72,8 +72,8 @@ CPU_FORWARD = (
     Mutant("rows-inl.h", "if constexpr (adds)\n      return span.template load<V>(sum + j, k);",
            "if constexpr (adds && !prefetches)\n      return span.template load<V>(sum + j, k);", AVX2),
     Mutant("rows-inl.h", "squares.total / static_cast<double>(d)", "squares.total / static_cast<double>(d + 1)", AVX2),
-    Mutant("rows-inl.h", "V::mul(t[k], span.template load<V>(weight + j, k))",
-           "V::mul(t[k], span.template load<V>(weight, k))", AVX2),
+    Mutant("rows-inl.h", "output(t[k], span.template load<V>(weight + j, k))",
+           "output(t[k], span.template load<V>(weight, k))", AVX2),
     Mutant("rows-inl.h", "std::sqrt(v + offset + p.eps)", "(std::sqrt(v + offset) + p.eps)", AVX2),
     Mutant("rows-inl.h", "const double v = p.exact ? static_cast<A*>(p.variance_out)[i]",
            "const double v = p.exact ? Row(p, i).mean_square(p.d)", AVX2),
@@ -92,10 +92,25 @@ CPU_FORWARD = (
     Mutant("vec-inl.h", "_mm512_set1_epi32(0x7fff)), odd)", "_mm512_set1_epi32(0x8000)), odd)", AVX512),
     Mutant("vec-inl.h", "_mm512_fpclass_ps_mask(x, 0x20) == 0", "_mm512_fpclass_ps_mask(x, 0x20) != 0xffff", AVX512),
     Mutant("vec-inl.h", "(1u << n) - 1", "(1u << n) - (n > 8 ? 257 : 1)", AVX512),
-    Mutant("bhyt_cpu.cpp", "if (data_ != nullptr && p.weight.dtype == wanted) return;",
-           "if (data_ != nullptr && size_of(p.weight.dtype) <= size_of(wanted)) return;", BINDING),
+    Mutant("bhyt_cpu.cpp", "if (data_ != nullptr && p.weight.dtype == wanted && !quantization) return;",
+           "if (data_ != nullptr && size_of(p.weight.dtype) <= size_of(wanted) && !quantization) return;", BINDING),
     Mutant("bhyt_cpu.cpp", "at::parallel_for(0, p.rows, rows_per_task(p.d),",
            "at::parallel_for(0, p.rows - (p.rows > 256), rows_per_task(p.d),", BINDING),
+)
+CPU_QUANTIZED = (
+    Mutant("rows-inl.h", "p.quantization->highest() - p.quantization->zero_point", "p.quantization->highest()", AVX2),
+    Mutant("rows-inl.h", "V::max_of(lowest, V::min_of(highest, rounded))", "V::min_of(highest, rounded)", AVX2),
+    Mutant("rows-inl.h", "any_large && k < span.count; ++k) t[k] = V::zero_if_nan(t[k]);",
+           "any_large && k < span.count - 1; ++k) t[k] = V::zero_if_nan(t[k]);", AVX2),
+    Mutant("rows-inl.h", "sizeof(Y) == 1 && sizeof(R) < sizeof(double), Y, R>", "sizeof(Y) == 1, R, R>", AVX2),
+    Mutant("tanh-inl.h", "-0.006259339355589533, 0.001058264623937163};", "-0.006259339355589533, 0.00106};", AVX2),
+    Mutant("table-inl.h", "gain = L::mul(gain, L::set1(factor));", "", AVX2),
+    Mutant("vec-inl.h", "_mm256_set1_epi32(0x7ffff - (120 << 23))), odd)",
+           "_mm256_set1_epi32(0x80000 - (120 << 23))), _mm256_setzero_si256())", AVX2),
+    Mutant("vec-inl.h", "_mm256_min_epi32(_mm256_castps_si256(size), _mm256_set1_epi32(0x43f00000))",
+           "_mm256_castps_si256(size)", AVX2),
+    Mutant("vec-inl.h", "byte = _mm256_blendv_epi8(byte, steps, subnormal);", "", AVX2),
+    Mutant("vec-inl.h", "_mm512_set1_epi32(0x80), 0xf8)", "_mm512_set1_epi32(0x80), 0xf0)", AVX512),
 )
 CPU_BACKWARD = (
     Mutant("rows-inl.h", "const F g = V::mul(V::mul(upstream, slope[k]),", "const F g = V::mul(upstream,", AVX2),
@@ -133,7 +148,9 @@ CPU_BACKWARD = (
            "  at::parallel_for(0, p.rows / chunks.rows_per_chunk,", BINDING),
 )
 
-TESTS = [f"tests/test_{name}.py" for name in ("accuracy", "autograd", "determinism", "layouts", "dtypes", "nonfinite")]
+CPU = CPU_FORWARD + CPU_QUANTIZED + CPU_BACKWARD
+NAMES = ("accuracy", "autograd", "determinism", "layouts", "dtypes", "nonfinite", "quantized")
+TESTS = [f"tests/test_{name}.py" for name in NAMES]
 FUZZ_SECONDS = 20
 # Those of setup.py, but for a quick build.
 FLAGS = ("-std=c++20 -O1 -fPIC -fopenmp -ffp-contract=off -fno-math-errno -fno-trapping-math -fvisibility=hidden -w "
@@ -256,7 +273,7 @@ def report(mutant: Mutant, noticed: str, seconds: float) -> None:
 
 def main(devices: list[str]) -> int:
     survivors = mutants = 0
-    for device, listed, survive in (("cuda", CUDA, cuda_survivors), ("cpu", CPU_FORWARD + CPU_BACKWARD, cpu_survivors)):
+    for device, listed, survive in (("cuda", CUDA, cuda_survivors), ("cpu", CPU, cpu_survivors)):
         if device in devices or not devices:
             survivors, mutants = survivors + survive(listed), mutants + len(listed)
     print(f"{mutants - survivors} of {mutants} caught")

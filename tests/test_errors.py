@@ -29,7 +29,7 @@ EVERYWHERE = [
     Fault({"x": zeros(4, 6, dtype=torch.int64)}, TypeError, ("x:", "float32", "int64")),
     Fault({"x": zeros(4, 6, dtype=torch.bool)}, TypeError, ("x:", "float32", "bool")),
     Fault({"x": zeros(4, 6, dtype=torch.complex64)}, TypeError, ("x:", "float32", "complex64")),
-    Fault({"x": zeros(4, 6).to(torch.float8_e4m3fn)}, TypeError, ("x:", "float32", "Float8")),
+    Fault({"x": zeros(4, 6).to(torch.float8_e4m3fn)}, TypeError, ("x:", "float32", "float8_e4m3fn")),
     Fault({"weight": zeros(6, dtype=torch.int32)}, TypeError, ("weight:", "float32", "int32")),
     Fault({"weight": zeros(5)}, ValueError, ("weight:", "[6]", "[5]")),
     Fault({"weight": zeros(1)}, ValueError, ("weight:", "[6]", "[1]")),

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 TESTS = Path(__file__).parent
-FILES = ("test_accuracy.py", "test_determinism.py", "test_dtypes.py", "test_nonfinite.py")
+FILES = ("test_accuracy.py", "test_determinism.py", "test_dtypes.py", "test_nonfinite.py", "test_quantized.py")
 # How torch names what ATEN_CPU_CAPABILITY asks for.
 TIERS = {"default": "DEFAULT", "avx2": "AVX2", "avx512": "AVX512"}
 

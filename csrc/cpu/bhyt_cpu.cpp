@@ -22,15 +22,15 @@ constexpr int64_t kElementsPerThread = 16384;
 
 int64_t rows_per_task(int64_t d) { return std::max<int64_t>(1, kElementsPerThread / std::max<int64_t>(1, d)); }
 
-// The gain in the accumulate dtype: as it is when it has that dtype, else widened once for all rows; ones when none is
-// given, by which rows multiply exactly.
+// The gain as rows take it: itself when it has the accumulate dtype, else widened once for all rows, for eight bits over
+// their scale; ones when none is given, by which rows multiply exactly.
 class WideWeight {
  public:
-  explicit WideWeight(const SiteParams& p) : data_(p.weight.data) {
+  explicit WideWeight(const SiteParams& p, const Quantization* quantization = nullptr) : data_(p.weight.data) {
     const DType wanted = accumulate_dtype(p.stream);
-    if (data_ != nullptr && p.weight.dtype == wanted) return;
+    if (data_ != nullptr && p.weight.dtype == wanted && !quantization) return;
     copy_.reset(new char[p.d * size_of(wanted)]);
-    kernels().widen(p.weight, p.stream, p.d, copy_.get());
+    kernels().widen(p.weight, p.stream, quantization, p.d, copy_.get());
     data_ = copy_.get();
   }
   const void* data() const { return data_; }
@@ -41,7 +41,7 @@ class WideWeight {
 };
 
 void run_forward(const ForwardParams& p, const Tensor&) {
-  const WideWeight weight(p);
+  const WideWeight weight(p, p.quantization ? &*p.quantization : nullptr);
   at::parallel_for(0, p.rows, rows_per_task(p.d),
                    [&](int64_t begin, int64_t end) { kernels().forward(p, weight.data(), begin, end); });
 }
@@ -79,6 +79,10 @@ TORCH_LIBRARY_IMPL(bhyt, CPU, m) {
   m.impl("forward_approx", Ops::forward_approx);
   m.impl("add_forward", Ops::add_forward);
   m.impl("add_forward_approx", Ops::add_forward_approx);
+  m.impl("forward_quantized", Ops::forward_quantized);
+  m.impl("forward_approx_quantized", Ops::forward_approx_quantized);
+  m.impl("add_forward_quantized", Ops::add_forward_quantized);
+  m.impl("add_forward_approx_quantized", Ops::add_forward_approx_quantized);
   m.impl("backward", Ops::backward);
   m.impl("backward_approx", Ops::backward_approx);
 }

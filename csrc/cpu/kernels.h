@@ -30,15 +30,16 @@ struct Partials {
 
 struct Kernels {
   const char* name;
-  // weight [d] in the accumulate dtype. Rows [begin, end).
+  // weight [d] as `widen` makes it. Rows [begin, end).
   void (*forward)(const ForwardParams&, const void* weight, int64_t begin, int64_t end);
   // Chunks [begin, end).
   void (*backward)(const BackwardParams&, const void* weight, const Partials&, int64_t begin, int64_t end);
   // Columns [begin, end) of grad_weight from the partials, in chunk order.
   void (*sum_weight)(const BackwardParams&, const Partials&, int64_t begin, int64_t end);
   void (*sum_lam)(const BackwardParams&, const Partials&);
-  // A vector of any dtype in the accumulate dtype of `stream`; ones if it has no data.
-  void (*widen)(const Values& from, DType stream, int64_t n, void* to);
+  // A gain of any dtype, ones if it has no data, in the accumulate dtype of `stream`; for eight bits over their scale
+  // and without infinities, for integers without NaN.
+  void (*widen)(const Values& from, DType stream, const Quantization*, int64_t n, void* to);
 };
 
 // One table per instruction set, each from the kernels_*.cpp of its name.

@@ -37,8 +37,8 @@ void sum_weight(const BackwardParams& p, const Partials& partials, int64_t begin
 
 void sum_lam(const BackwardParams& p, const Partials& partials) { avx512::kernels.sum_lam(p, partials); }
 
-void widen_values(const Values& from, DType stream, int64_t n, void* to) {
-  avx512::kernels.widen(from, stream, n, to);
+void widen_values(const Values& from, DType stream, const Quantization* quantization, int64_t n, void* to) {
+  avx512::kernels.widen(from, stream, quantization, n, to);
 }
 }  // namespace
 

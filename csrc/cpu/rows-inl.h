@@ -105,21 +105,45 @@ inline void prefetch_to_write(T* row, int64_t j, int k) {
   if (k * V::N * sizeof(T) % 64 == 0) __builtin_prefetch(row + j + k * V::N, 1);
 }
 
-// X: branch, R: stream, A: accumulate type in memory (weight, variances). tanh is as accurate as the stream
-// asks, so that a narrow branch on a wide stream gets what the two steps would give it: y of the sum, rounded.
-template <typename V, typename X, typename R, typename A, bool adds, bool prefetches>
+// What is stored for y, given t = tanh(a x) and the gain; with eight bits the gain over the scale, finite.
+template <typename V, typename Y>
+struct Output {
+  using F = typename V::F;
+  explicit Output(const ForwardParams&) {}
+  F operator()(F t, F weight) const { return V::mul(t, weight); }
+};
+
+template <typename V>
+struct Output<V, integer8> {
+  using F = typename V::F;
+  F lowest, highest, zero_point;
+  explicit Output(const ForwardParams& p)
+      : lowest(V::set1(V::last_place_1 + p.quantization->lowest() - p.quantization->zero_point)),
+        highest(V::set1(V::last_place_1 + p.quantization->highest() - p.quantization->zero_point)),
+        zero_point(V::set1(p.quantization->zero_point)) {}
+  F operator()(F t, F weight) const {
+    const F rounded = V::fma(t, weight, V::set1(V::last_place_1));
+    return V::add(V::max_of(lowest, V::min_of(highest, rounded)), zero_point);
+  }
+};
+
+// X: branch, R: stream, Y: of y, A: accumulate type in memory (weight, variances). tanh is as accurate as the stream
+// asks, so that a narrow branch on a wide stream gets what the two steps would give it: y of the sum, rounded; or as
+// eight bits ask, whatever the stream.
+template <typename V, typename X, typename R, typename Y, typename A, bool adds, bool prefetches>
 struct ForwardRow {
+  using T = std::conditional_t<sizeof(Y) == 1 && sizeof(R) < sizeof(double), Y, R>;
   using F = typename V::F;
   const X* x;
   const R* residual;
   R* sum;
-  X* y;
+  Y* y;
 
   ForwardRow(const ForwardParams& p, int64_t i)
       : x(row_of<X>(p.x, i)),
         residual(row_of<R>(p.residual, i)),
         sum(row_of<R>(p.sum, i, p.d)),
-        y(row_of<X>(p.y, i, p.d)) {}
+        y(row_of<Y>(p.y, i, p.d)) {}
 
   void fetch(int64_t j, int k) const {
     if constexpr (prefetches) {
@@ -164,7 +188,8 @@ struct ForwardRow {
 
   // load(j, span, k): as stream or stored. later: the row to ask memory for meanwhile.
   template <typename Load>
-  void apply(int64_t d, double a, const A* weight, const ForwardRow& later, Load load) const {
+  void apply(int64_t d, double a, const A* weight, const Output<V, Y>& output, const ForwardRow& later,
+             Load load) const {
     const F scale = V::set1(a);
     sweep<V>(0, d, [&](int64_t j, auto span) {
       F z[span.count], t[span.count];
@@ -172,9 +197,11 @@ struct ForwardRow {
         later.fetch(j, k);
         z[k] = V::mul(scale, load(j, span, k));
       }
-      tanh_group<V, R>(z, t);
+      const bool any_large = tanh_group<V, T>(z, t);
+      if constexpr (std::is_same_v<Y, integer8>)
+        for (int k = 0; any_large && k < span.count; ++k) t[k] = V::zero_if_nan(t[k]);
       for (int k = 0; k < span.count; ++k)
-        span.template store<V>(y + j, k, V::mul(t[k], span.template load<V>(weight + j, k)));
+        span.template store<V>(y + j, k, output(t[k], span.template load<V>(weight + j, k)));
     });
   }
 };
@@ -182,8 +209,9 @@ struct ForwardRow {
 // Statistics first, for as many rows as stay in the nearest cache: the sums, roots and divisions of short rows overlap.
 constexpr int64_t kRowsAtOnce = 8, kElementsAtOnce = 4096;
 
-template <typename A, typename Row>
-void forward_rows_as(const ForwardParams& p, const void* weight_data, int64_t begin, int64_t end) {
+template <typename A, typename Row, typename Output>
+void forward_rows_as(const ForwardParams& p, const Output& output, const void* weight_data, int64_t begin,
+                     int64_t end) {
   const A* weight = static_cast<const A*>(weight_data);
   const double lam = read(p.lam), offset = p.offset.data ? read(p.offset) : 0;
   const int64_t fitting = kElementsAtOnce / (p.d > 0 ? p.d : 1);
@@ -201,9 +229,11 @@ void forward_rows_as(const ForwardParams& p, const void* weight_data, int64_t be
     for (int64_t i = first; i < last; ++i) {
       const Row row(p, i), later(p, i + at_once < end ? i + at_once : i);
       if (p.exact)
-        row.apply(p.d, a[i - first], weight, later, [&](int64_t j, auto span, int k) { return row.stored(j, span, k); });
+        row.apply(p.d, a[i - first], weight, output, later,
+                  [&](int64_t j, auto span, int k) { return row.stored(j, span, k); });
       else
-        row.apply(p.d, a[i - first], weight, later, [&](int64_t j, auto span, int k) { return row.stream(j, span, k); });
+        row.apply(p.d, a[i - first], weight, output, later,
+                  [&](int64_t j, auto span, int k) { return row.stream(j, span, k); });
     }
   }
 }
@@ -214,7 +244,11 @@ void forward_rows(const ForwardParams& p, const void* weight, int64_t begin, int
   choose_prefetch<V, X, R>(p, given_residual ? 4 : 2, [&](auto prefetches) {
     choose(given_residual, [&](auto adds) {
       if constexpr (adds || std::is_same_v<X, R>)  // branch and stream differ with a residual only
-        forward_rows_as<A, ForwardRow<V, X, R, A, adds, prefetches>>(p, weight, begin, end);
+        with_output_type<X>(p, [&](auto* y) {
+          using Y = std::remove_pointer_t<decltype(y)>;
+          using Row = ForwardRow<V, X, R, Y, A, adds, prefetches>;
+          forward_rows_as<A, Row>(p, Output<V, Y>(p), weight, begin, end);
+        });
     });
   });
 }

@@ -17,6 +17,15 @@ struct f16 {
   _Float16 value;
 };
 
+// Of quantised outputs, which nothing reads: the lowest bits of the sum of an integer and a large number, and
+// float8_e4m3fn.
+struct integer8 {
+  uint8_t bits;
+};
+struct float8 {
+  uint8_t bits;
+};
+
 template <typename To, typename From>
 inline To bit_cast(From from) {
   static_assert(sizeof(To) == sizeof(From));
@@ -42,6 +51,16 @@ inline void narrow(double x, double* to) { *to = x; }
 inline void narrow(double x, float* to) { *to = static_cast<float>(x); }
 inline void narrow(double x, f16* to) { to->value = static_cast<_Float16>(static_cast<float>(x)); }
 inline void narrow(double x, bf16* to) { to->bits = round_to_bf16(static_cast<float>(x)); }
+inline void narrow(double x, integer8* to) { to->bits = static_cast<uint8_t>(bit_cast<uint64_t>(x)); }
+
+// 3 bits of mantissa from 2^-6 on, steps of 2^-9 below.
+inline void narrow(double x, float8* to) {
+  const double size = std::fabs(x) > 448 ? 448 : std::fabs(x);
+  const uint64_t bits = bit_cast<uint64_t>(size), odd = bits >> 49 & 1;
+  const uint64_t normal = ((bits + (uint64_t{1} << 48) - 1 + odd) >> 49) - (1016 << 3);
+  const uint64_t steps = bit_cast<uint64_t>(size + 0x1p43);
+  to->bits = x != x ? 0x7f : static_cast<uint8_t>((size < 0x1p-6 ? steps : normal) | (std::signbit(x) ? 0x80 : 0));
+}
 
 // Calls f with a null pointer of the storage type, the way a dtype becomes a template argument.
 template <typename F>
@@ -51,7 +70,16 @@ inline void with_type(DType t, F f) {
     case DType::bf16: return f(static_cast<const bf16*>(nullptr));
     case DType::f32: return f(static_cast<const float*>(nullptr));
     case DType::f64: return f(static_cast<const double*>(nullptr));
+    default: return;  // eight bits are read by nothing
   }
+}
+
+// The same of y, whose storage type is X unless it is quantised.
+template <typename X, typename F>
+inline void with_output_type(const ForwardParams& p, F f) {
+  if (!p.quantization) return f(static_cast<X*>(nullptr));
+  if (p.quantization->dtype == DType::f8) return f(static_cast<float8*>(nullptr));
+  return f(static_cast<integer8*>(nullptr));
 }
 
 inline double read(const Values& v, int64_t i = 0) {

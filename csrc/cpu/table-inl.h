@@ -39,21 +39,32 @@ void sum_lam(const BackwardParams& p, const Partials& partials) {
   write(total, p.lam.dtype, p.grad_lam);
 }
 
-void widen_values(const Values& from, DType stream, int64_t n, void* to) {
-  if (from.data == nullptr) {
-    for (int64_t i = 0; i < n; ++i) write(1, accumulate_dtype(stream), to, i);
-    return;
-  }
+template <typename V, typename A>
+void widen_as(const Values& from, const Quantization* quantization, int64_t n, A* to) {
+  const double factor = quantization ? quantization->inverse_scale : 1;
+  if (from.data == nullptr)
+    return sweep<V>(0, n, [&](int64_t j, auto span) {
+      for (int k = 0; k < span.count; ++k) span.template store<V>(to + j, k, V::set1(factor));
+    });
   with_type(from.dtype, [&](auto* type) {
     const auto* p = static_cast<decltype(type)>(from.data);
-    if (stream == DType::f64) {
-      for (int64_t i = 0; i < n; ++i) static_cast<double*>(to)[i] = widen(p[i]);
-      return;
-    }
-    using V = std::conditional_t<sizeof(*p) == sizeof(double), Wide, Float>;
-    sweep<V>(0, n, [&](int64_t j, auto span) {
-      for (int k = 0; k < span.count; ++k)
-        span.template store<V>(static_cast<float*>(to) + j, k, span.template load<V>(p + j, k));
+    using L = std::conditional_t<sizeof(*p) == sizeof(double), Wide, V>;
+    const double largest = sizeof(A) == sizeof(double) ? 0x1.fffffffffffffp1023 : 0x1.fffffep127;
+    sweep<L>(0, n, [&](int64_t j, auto span) {
+      for (int k = 0; k < span.count; ++k) {
+        auto gain = span.template load<L>(p + j, k);
+        if (quantization) {
+          gain = L::mul(gain, L::set1(factor));
+          gain = L::max_of(L::set1(-largest), L::min_of(L::set1(largest), gain));
+          if (quantization->dtype != DType::f8) gain = L::zero_if_nan(gain);
+        }
+        span.template store<L>(to + j, k, gain);
+      }
     });
   });
+}
+
+void widen_values(const Values& from, DType stream, const Quantization* quantization, int64_t n, void* to) {
+  if (stream == DType::f64) return widen_as<Wide>(from, quantization, n, static_cast<double*>(to));
+  widen_as<Float>(from, quantization, n, static_cast<float*>(to));
 }

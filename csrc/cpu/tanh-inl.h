@@ -13,6 +13,7 @@
 //   f16       relative error at most 2^-16, a thirtieth of an ulp of the result
 //   bf16      relative error at most 2^-13, a thirtieth of an ulp of the result
 //   double    libm's
+//   integer8, float8     an error of q's argument below 1e-4 of a step
 // tanh(+-0) = +-0, tanh(+-inf) = +-1, tanh(NaN) = NaN, |t| <= 1 always. tests/cpp/tanh_sweep.cpp: all floats.
 
 // Coefficients by output type: small in powers of z^2, large in powers of |z|; E = large^power.
@@ -44,6 +45,13 @@ struct TanhOf<bf16> : TanhOf<f16> {  // relative 2^-13.3
   static constexpr double small[] = {-0.33133202694824126, 0.12027153968939856, -0.027419843886004918};
 };
 
+// q changes with relative errors of 2^-20: of 127 steps a ten-thousandth.
+template <>
+struct TanhOf<integer8> : TanhOf<float> {  // relative 2^-23.6
+  static constexpr double small[] = {-0.3333298677986719,  0.13326408879088514,   -0.05349870775341638,
+                                     0.020359759510049612, -0.006259339355589533, 0.001058264623937163};
+};
+
 // In sums over rows the errors of single values do not average out: 16-bit types take a finer t in the backward, so
 // that gradients of weight and lam keep within 1e-5.
 struct SummedNarrow;
@@ -52,6 +60,12 @@ template <>
 struct TanhOf<SummedNarrow> {  // relative 2^-20.5
   static constexpr double small[] = {-0.33330279672150587, 0.13288490370431338, -0.05176829022413501,
                                      0.01690641583674156, -0.003126581037590383};
+};
+
+// 16 steps to a power of two take this too.
+template <>
+struct TanhOf<float8> : TanhOf<float> {
+  static constexpr auto& small = TanhOf<SummedNarrow>::small;
 };
 
 template <typename T>
@@ -96,19 +110,22 @@ inline typename V::F exp_of_minus_twice(typename V::F a) {
   return V::scale(horner<V>(c, r), n);
 }
 
-// t[k] = tanh(z[k]).
+// t[k] = tanh(z[k]). False if all of them are small; a NaN is not.
 template <typename V, typename T, int K>
-inline void tanh_group(const typename V::F (&z)[K], typename V::F (&t)[K]) {
+inline bool tanh_group(const typename V::F (&z)[K], typename V::F (&t)[K]) {
   if constexpr (sizeof(T) == sizeof(double)) {
     for (int k = 0; k < K; ++k) t[k] = V::each(z[k], std::tanh);
+    return true;
   } else {
     const auto one = V::set1(1);
     typename V::F squared[K];
     auto any_large = V::not_below(squared[0] = V::mul(z[0], z[0]), one);
     for (int k = 1; k < K; ++k) any_large = V::either(any_large, V::not_below(squared[k] = V::mul(z[k], z[k]), one));
     for (int k = 0; k < K; ++k) t[k] = tanh_below_1<V, T>(z[k], squared[k]);
-    if (V::any(any_large))
+    const bool found = V::any(any_large);
+    if (found)
       for (int k = 0; k < K; ++k) t[k] = V::select(V::not_below(squared[k], one), tanh_from_1<V, T>(z[k]), t[k]);
+    return found;
   }
 }
 

@@ -6,9 +6,12 @@
 // Each is a set of static functions over a register type F:
 //   load / store          whole registers, any storage type; *_part: the first n lanes, the others read as 0
 //   fma(a, b, c) = a b + c, fnma(a, b, c) = c - a b
-//   min_of(limit, x)      NaN if x is NaN
+//   min_of, max_of(limit, x)      NaN if x is NaN
+//   zero_if_nan(x)        x elsewhere
 //   not_below(x, limit)   lanes with !(x < limit), NaN included, as a Mask
 //   sum(x)                of the lanes, in a fixed order
+//   last_place_1          added to a small number it rounds it to an integer, which is then the sum's lowest bits
+// Storage of one byte is only written: integer8 takes the lowest bits, float8 any number.
 
 #if defined(BHYT_AVX512)
 
@@ -17,6 +20,7 @@ struct Float {
   using Mask = __mmask16;
   using Scalar = float;
   static constexpr int N = 16;
+  static constexpr double last_place_1 = 0x1.8p23;
 
   static F set1(double x) { return _mm512_set1_ps(static_cast<float>(x)); }
   static F add(F a, F b) { return _mm512_add_ps(a, b); }
@@ -25,6 +29,8 @@ struct Float {
   static F fma(F a, F b, F c) { return _mm512_fmadd_ps(a, b, c); }
   static F fnma(F a, F b, F c) { return _mm512_fnmadd_ps(a, b, c); }
   static F min_of(F limit, F x) { return _mm512_min_ps(limit, x); }
+  static F max_of(F limit, F x) { return _mm512_max_ps(limit, x); }
+  static F zero_if_nan(F x) { return _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(x, x, _CMP_ORD_Q), x); }
   static F abs(F x) { return _mm512_abs_ps(x); }
   static F copy_sign(F magnitude, F sign) {
     const __m512i mask = _mm512_set1_epi32(static_cast<int>(0x80000000));  // 0xca: where set, the second operand
@@ -89,6 +95,30 @@ struct Float {
   static void store_part(H* p, int n, F x) {
     _mm256_mask_storeu_epi16(p, first(n), to_bits(x, p));
   }
+
+  // 32 bits whose low byte is what is stored.
+  static __m512i to_byte(F x, const integer8*) { return _mm512_castps_si512(x); }
+  static __m512i to_byte(F x, const float8*) {
+    const F size = _mm512_min_ps(_mm512_set1_ps(448.0f), abs(x));
+    const __m512i bits = _mm512_min_epu32(_mm512_castps_si512(size), _mm512_set1_epi32(0x43f00000));  // NaN: 480
+    const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 20), _mm512_set1_epi32(1));
+    __m512i byte = _mm512_add_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x7ffff - (120 << 23))), odd);
+    byte = _mm512_srli_epi32(byte, 20);
+    const auto subnormal = _mm512_cmplt_epi32_mask(bits, _mm512_set1_epi32(121 << 23));  // below 2^-6: steps of 2^-9
+    byte = _mm512_castps_si512(_mm512_mask_add_ps(_mm512_castsi512_ps(byte), subnormal, size, _mm512_set1_ps(0x1p14)));
+    const __m512i sign = _mm512_srli_epi32(_mm512_castps_si512(x), 24);
+    return _mm512_ternarylogic_epi32(byte, sign, _mm512_set1_epi32(0x80), 0xf8);  // byte | sign & 0x80
+  }
+  template <typename B>
+    requires(sizeof(B) == 1)
+  static void store(B* p, F x) {
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8(to_byte(x, p)));
+  }
+  template <typename B>
+    requires(sizeof(B) == 1)
+  static void store_part(B* p, int n, F x) {
+    _mm_mask_storeu_epi8(p, first(n), _mm512_cvtepi32_epi8(to_byte(x, p)));
+  }
 };
 
 #elif defined(BHYT_AVX2)
@@ -98,6 +128,7 @@ struct Float {
   using Mask = __m256;
   using Scalar = float;
   static constexpr int N = 8;
+  static constexpr double last_place_1 = 0x1.8p23;
 
   static F set1(double x) { return _mm256_set1_ps(static_cast<float>(x)); }
   static F add(F a, F b) { return _mm256_add_ps(a, b); }
@@ -106,6 +137,8 @@ struct Float {
   static F fma(F a, F b, F c) { return _mm256_fmadd_ps(a, b, c); }
   static F fnma(F a, F b, F c) { return _mm256_fnmadd_ps(a, b, c); }
   static F min_of(F limit, F x) { return _mm256_min_ps(limit, x); }
+  static F max_of(F limit, F x) { return _mm256_max_ps(limit, x); }
+  static F zero_if_nan(F x) { return _mm256_and_ps(_mm256_cmp_ps(x, x, _CMP_ORD_Q), x); }
   static F sign_bit() { return _mm256_set1_ps(-0.0f); }
   static F abs(F x) { return _mm256_andnot_ps(sign_bit(), x); }
   static F copy_sign(F magnitude, F sign) {
@@ -178,12 +211,35 @@ struct Float {
     store(all, x);
     std::memcpy(p, all, n * sizeof(H));
   }
+
+  // 32 bits whose low byte is what is stored.
+  static __m256i to_byte(F x, const integer8*) { return _mm256_castps_si256(x); }
+  static __m256i to_byte(F x, const float8*) {
+    const F size = _mm256_min_ps(_mm256_set1_ps(448.0f), abs(x));
+    const __m256i bits = _mm256_min_epi32(_mm256_castps_si256(size), _mm256_set1_epi32(0x43f00000));  // NaN: 480
+    const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 20), _mm256_set1_epi32(1));
+    __m256i byte = _mm256_add_epi32(_mm256_add_epi32(bits, _mm256_set1_epi32(0x7ffff - (120 << 23))), odd);
+    byte = _mm256_srli_epi32(byte, 20);
+    const __m256i subnormal = _mm256_cmpgt_epi32(_mm256_set1_epi32(121 << 23), bits);  // below 2^-6: steps of 2^-9
+    const __m256i steps = _mm256_castps_si256(_mm256_add_ps(size, _mm256_set1_ps(0x1p14)));
+    byte = _mm256_blendv_epi8(byte, steps, subnormal);
+    const __m256i sign = _mm256_srli_epi32(_mm256_castps_si256(x), 24);
+    return _mm256_or_si256(byte, _mm256_and_si256(sign, _mm256_set1_epi32(0x80)));
+  }
+  template <typename B>
+    requires(sizeof(B) == 1)
+  static void store(B* p, F x) {
+    const __m256i low = _mm256_and_si256(to_byte(x, p), _mm256_set1_epi32(0xff));
+    const __m128i words = _mm_packus_epi32(_mm256_castsi256_si128(low), _mm256_extracti128_si256(low, 1));
+    _mm_storel_epi64(reinterpret_cast<__m128i*>(p), _mm_packus_epi16(words, words));
+  }
 };
 
 #endif
 
 struct Wide {
   static constexpr int N = 4;
+  static constexpr double last_place_1 = 0x1.8p52;
   typedef double F __attribute__((vector_size(N * sizeof(double))));
   typedef int64_t Mask __attribute__((vector_size(N * sizeof(int64_t))));
   using Scalar = double;
@@ -195,6 +251,8 @@ struct Wide {
   static F fma(F a, F b, F c) { return a * b + c; }
   static F fnma(F a, F b, F c) { return c - a * b; }
   static F min_of(F limit, F x) { return limit < x ? limit : x; }
+  static F max_of(F limit, F x) { return limit > x ? limit : x; }
+  static F zero_if_nan(F x) { return x == x ? x : set1(0); }
   static F abs(F x) { return reinterpret_cast<F>(reinterpret_cast<Mask>(x) & ~sign_bit()); }
   static F copy_sign(F magnitude, F sign) {
     return reinterpret_cast<F>((reinterpret_cast<Mask>(magnitude) & ~sign_bit()) |

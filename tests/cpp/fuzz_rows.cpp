@@ -6,6 +6,7 @@
 //   g++ -DBHYT_FUZZ_SECONDS=60 ...            random bytes for so long; [SEED] as argument
 //
 // sanitizers.sh builds both.
+#include <algorithm>
 #include <chrono>
 #include <cmath>
 #include <cstdio>
@@ -56,11 +57,18 @@ bool near(double given, double exact, double error, DType t) {
 }
 
 // The gain as rows take it.
-Buffer wide_weight(const cpu::Kernels& table, const SiteParams& p) {
-  Buffer wide(accumulate_dtype(p.stream), p.d), expected(accumulate_dtype(p.stream), p.d);
-  table.widen(p.weight, p.stream, p.d, wide.data());
+Buffer wide_weight(const cpu::Kernels& table, const SiteParams& p, const Quantization* quantization = nullptr) {
+  const DType A = accumulate_dtype(p.stream);
+  Buffer wide(A, p.d), expected(A, p.d);
+  table.widen(p.weight, p.stream, quantization, p.d, wide.data());
   for (int64_t j = 0; j < p.d; ++j) expected.set(j, p.weight.data ? cpu::read(p.weight, j) : 1);
-  check(wide.bytes() == expected.bytes(), "widened gain", table.name);
+  if (quantization)
+    for (int64_t j = 0; j < p.d; ++j) {
+      const double over_scale = expected.get(j) * quantization->inverse_scale;
+      check(near(wide.get(j), over_scale, 2 * rounding(A) * std::fabs(over_scale), A), "gain over the scale", table.name);
+    }
+  else
+    check(wide.bytes() == expected.bytes(), "widened gain", table.name);
   return wide;
 }
 
@@ -74,6 +82,27 @@ void run(bool two_threads, int64_t n, int64_t at, F f) {
 }
 
 double shifted_variance(const SiteParams& p, double v) { return v + (p.offset.data ? cpu::read(p.offset) : 0) + p.eps; }
+
+// A byte as the number it stands for.
+double number(uint8_t byte, DType t) {
+  if (t != DType::f8) return t == DType::i8 ? static_cast<int8_t>(byte) : byte;
+  const int exponent = byte >> 3 & 15, mantissa = byte & 7;
+  const double size = (byte & 127) == 127 ? NAN
+                      : exponent == 0     ? std::ldexp(mantissa, -9)
+                                          : std::ldexp(8 + mantissa, exponent - 10);
+  return byte & 128 ? -size : size;
+}
+
+// q of y / scale, within a ten-thousandth of a step of where two numbers meet.
+bool is_quantized(double q, double scaled, const Quantization& to) {
+  if (std::isnan(scaled)) return to.dtype == DType::f8 ? std::isnan(q) : q == to.zero_point;
+  const double lowest = to.lowest() - to.zero_point, highest = to.highest() - to.zero_point;
+  scaled = std::min(highest, std::max(lowest, scaled));
+  int exponent = 0;
+  std::frexp(scaled, &exponent);
+  const double step = to.dtype == DType::f8 ? std::ldexp(1.0, std::max(exponent, -5) - 4) : 1;
+  return std::fabs(q - to.zero_point - scaled) <= 0.5001 * step;
+}
 
 struct ForwardOutputs {
   Buffer y, sum, variance;
@@ -107,6 +136,12 @@ void check_forward(const ForwardParams& p, const Input& x, const Input& residual
     const double a = cpu::read(p.lam) / (p.kappa * std::sqrt(shifted_variance(p, v)));
     for (int64_t j = 0; j < p.d; ++j) {
       const double y = out.y.get(i * p.d + j), w = weight.get(j), exact = w * std::tanh(a * stream.get(j));
+      if (p.quantization) {
+        const auto byte = static_cast<uint8_t>(out.y.data()[i * p.d + j]);
+        if (std::isfinite(a) || std::isnan(exact))
+          check(is_quantized(number(byte, p.quantization->dtype), exact, *p.quantization), "q", table, i, j);
+        continue;
+      }
       if (std::isnan(exact) || !std::isfinite(a)) {
         check(std::isnan(y) || !std::isnan(exact), "y of a NaN", table, i, j);
         continue;
@@ -135,11 +170,18 @@ void forward(Bytes& in) {
   if (!p.exact) variance = source.vector(site.accumulate, p.rows, source.scale(DType::f32), true);
   p.x = x.rows(), p.residual = residual.rows(), p.variance = variance.data();
   const int64_t at = in.below(p.rows + 1);
+  if (in.below(2)) {
+    constexpr DType kBytes[] = {DType::i8, DType::u8, DType::f8};
+    const DType dtype = in.one_of(kBytes);
+    const int zero_point = dtype == DType::f8 ? 0 : static_cast<int>(in.below(256)) - (dtype == DType::i8 ? 128 : 0);
+    p.quantization = Quantization{dtype, 1 / (source.scale(DType::f16) / 127), zero_point};
+  }
+  const Quantization* quantization = p.quantization ? &*p.quantization : nullptr;
   for (const cpu::Kernels* table : cpu::runnable_kernels()) {
-    const Buffer weight = wide_weight(*table, p);
+    const Buffer weight = wide_weight(*table, p, quantization);
     ForwardOutputs out[2];
     for (int i = 0; i < 2; ++i) {
-      p.y = (out[i].y = Buffer(p.branch, p.rows * p.d)).data();
+      p.y = (out[i].y = Buffer(quantization ? quantization->dtype : p.branch, p.rows * p.d)).data();
       if (kind > 0) p.sum = (out[i].sum = Buffer(p.stream, p.rows * p.d)).data();
       if (p.exact) p.variance_out = (out[i].variance = Buffer(site.accumulate, p.rows)).data();
       run(i == 1, p.rows, at, [&](int64_t begin, int64_t end) { table->forward(p, weight.data(), begin, end); });
