@@ -10,7 +10,7 @@ from bhyt import _library
 
 _library.load()
 
-from bhyt import diagnostics, functional, reference  # noqa: E402  (they name the ops just registered)
+from bhyt import diagnostics, functional, quantization, reference  # noqa: E402  (they name the ops just registered)
 from bhyt._library import library_path  # noqa: E402
 from bhyt.compiling import decompose_when_compiling, decompositions  # noqa: E402
 from bhyt.folding import fold_gain  # noqa: E402
@@ -29,6 +29,7 @@ __all__ = [
     "functional",
     "library_path",
     "parameter_groups",
+    "quantization",
     "reference",
 ]
 __version__ = "0.1.0"

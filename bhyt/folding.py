@@ -164,14 +164,14 @@ def _check_site(name: str, site: Any) -> None:
         raise ValueError(f"{name}: expected a plain gain, got {type(site.weight).__name__} on {site.weight.device}")
 
 
-def _check_linear(name: str, linear: Any, size: int) -> None:
+def _check_linear(name: str, linear: Any, size: int, folded: bool = False, meta: bool = False) -> None:
     """Exactly nn.Linear: quantisation and adapters come as its subclasses, or as wrappers around it."""
     if type(linear) is not nn.Linear:
         raise ValueError(f"{name}: expected torch.nn.Linear, got {type(linear).__module__}.{type(linear).__name__}")
     weight, kind = linear.weight, type(linear.weight)
-    if hasattr(linear, "gain_folded"):
+    if hasattr(linear, "gain_folded") and not folded:
         raise ValueError(f"{name}: a gain is folded into it already")
-    if kind is not nn.Parameter or weight.is_meta or weight.dtype not in _DTYPES:
+    if kind is not nn.Parameter or weight.is_meta and not meta or weight.dtype not in _DTYPES:
         raise ValueError(f"{name}: expected a plain weight, got {kind.__name__} {weight.dtype} on {weight.device}")
     if weight.dim() != 2 or weight.shape[1] != size:
         raise ValueError(f"{name}: expected a weight [.., {size}], got {list(weight.shape)}")

@@ -20,6 +20,7 @@ from bhyt.hf.layer import ConvertedLayer
 from bhyt.hf.offsets import active_site
 from bhyt.hf.sites import Plan, SiteFields
 from bhyt.modules import BHyT, BHyTApprox
+from bhyt.quantization import quantized_as
 
 # Model types of transformers whose layers are those of layer.py; older releases lack some.
 FAMILIES = (
@@ -34,7 +35,7 @@ AUTO_CLASSES = {
     "AutoModelForQuestionAnswering": modeling_auto.MODEL_FOR_QUESTION_ANSWERING_MAPPING_NAMES,
 }
 _CODE_FILE = "modeling_bhyt.py"
-_OFFSET = r"variance_offset"
+_OFFSET, _WEIGHT_SCALE = r"variance_offset", r"weight_scale"
 
 
 class BHyTConfigMixin:
@@ -57,6 +58,9 @@ class BHyTModelMixin(nn.Module):
             plan = Plan(self, SiteFields(**{field.name: getattr(config, field.name) for field in fields(SiteFields)}))
             plan.install(config)
             adopt(self, config)
+            quantized = getattr(config, "bhyt_quantization", None)  # what bhyt.quantization.quantize noted
+            if quantized:
+                quantized_as(self, **quantized)
 
     def _init_weights(self, module: Any) -> None:
         """For what a checkpoint lacks; transformers sees to it that what it has is left alone."""
@@ -72,7 +76,10 @@ class BHyTModelMixin(nn.Module):
     @classmethod
     def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
         loaded = super().from_pretrained(*args, **kwargs)  # type: ignore[misc]
-        settle(loaded[0] if isinstance(loaded, tuple) else loaded)
+        model = loaded[0] if isinstance(loaded, tuple) else loaded
+        settle(model)
+        if getattr(model.config, "bhyt_quantization", None):
+            model.requires_grad_(False)  # loading made new Parameters
         return loaded
 
     @classmethod
@@ -167,7 +174,9 @@ def model_class(base: Any, config: Any) -> Any:
         "_keys_to_ignore_on_load_missing": [*(base._keys_to_ignore_on_load_missing or []), _OFFSET],
     }
     if transformers.__version__ >= "5":  # before, loading kept the dtype of a buffer, and this list was for parameters
-        attributes["_keep_in_fp32_modules_strict"] = [*(base._keep_in_fp32_modules_strict or []), _OFFSET]
+        attributes["_keep_in_fp32_modules_strict"] = [
+            *(base._keep_in_fp32_modules_strict or []), _OFFSET, _WEIGHT_SCALE,
+        ]  # fmt: skip
     # Answered by a look at the source of the class.
     for question in ("_can_set_attn_implementation", "_can_set_experts_implementation"):
         if hasattr(base, question):
