@@ -225,7 +225,7 @@ def _install(
         site.__class__ = _QUANTIZED[type(site)]
         site.weight, site.gain_folded, site.quantized_dtype, site.scale = None, True, dtype, scale
     model.eval().requires_grad_(False)
-    if config is not None:
+    if hasattr(config, "to_dict"):  # of transformers
         names = None if readers is None else {name: list(linears) for name, linears in readers.items()}
         config.bhyt_quantization = {
             "dtype": str(dtype).removeprefix("torch."), "readers": names, "others": list(others),

@@ -98,7 +98,7 @@ CPU_FORWARD = (
            "at::parallel_for(0, p.rows - (p.rows > 256), rows_per_task(p.d),", BINDING),
 )
 CPU_QUANTIZED = (
-    Mutant("rows-inl.h", "p.quantization->highest() - p.quantization->zero_point", "p.quantization->highest()", AVX2),
+    Mutant("rows-inl.h", "q.inverse_scale <= q.highest() - q.zero_point &&", "", AVX2),
     Mutant("rows-inl.h", "V::max_of(lowest, V::min_of(highest, rounded))", "V::min_of(highest, rounded)", AVX2),
     Mutant("rows-inl.h", "any_large && k < span.count; ++k) t[k] = V::zero_if_nan(t[k]);",
            "any_large && k < span.count - 1; ++k) t[k] = V::zero_if_nan(t[k]);", AVX2),

@@ -113,17 +113,24 @@ struct Output {
   F operator()(F t, F weight) const { return V::mul(t, weight); }
 };
 
+// One addition rounds, and adds the even part of the zero point, which leaves ties where they are.
 template <typename V>
 struct Output<V, integer8> {
   using F = typename V::F;
-  F lowest, highest, zero_point;
-  explicit Output(const ForwardParams& p)
-      : lowest(V::set1(V::last_place_1 + p.quantization->lowest() - p.quantization->zero_point)),
-        highest(V::set1(V::last_place_1 + p.quantization->highest() - p.quantization->zero_point)),
-        zero_point(V::set1(p.quantization->zero_point)) {}
+  F even, odd, lowest, highest;
+  bool within;  // the limits whatever t is
+
+  explicit Output(const ForwardParams& p) {
+    const Quantization& q = *p.quantization;
+    const int rest = q.zero_point & 1;
+    even = V::set1(V::last_place_1 + q.zero_point - rest), odd = V::set1(rest);
+    lowest = V::set1(V::last_place_1 + q.lowest() - rest), highest = V::set1(V::last_place_1 + q.highest() - rest);
+    within = p.weight.data == nullptr && rest == 0 && q.inverse_scale <= q.highest() - q.zero_point &&
+             q.inverse_scale <= q.zero_point - q.lowest();
+  }
   F operator()(F t, F weight) const {
-    const F rounded = V::fma(t, weight, V::set1(V::last_place_1));
-    return V::add(V::max_of(lowest, V::min_of(highest, rounded)), zero_point);
+    const F rounded = V::fma(t, weight, even);
+    return within ? rounded : V::add(V::max_of(lowest, V::min_of(highest, rounded)), odd);
   }
 };
 
