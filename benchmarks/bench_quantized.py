@@ -14,7 +14,7 @@ import argparse
 import copy
 import logging
 from dataclasses import asdict
-from typing import Any, Callable, Optional
+from typing import Any, Callable
 
 import bench_model
 import common
@@ -131,20 +131,17 @@ def measure_models(task: str, mode: str, bases: dict[str, nn.Module], names: lis
 
 
 def goals(ops: list[dict[str, Any]], problems: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Those of the project, at the mode that is best for each model."""
+    """Those of the project; a ratio is of two models in the same mode, whose samples took turns."""
     found = []
-
-    def best(task: str, wanted: Callable[[str], bool]) -> Optional[float]:
-        speeds = [timing["tokens_per_s"] for p in problems if p["task"] == task
-                  for name, timing in p["providers"].items() if wanted(name)]  # fmt: skip
-        return max(speeds, default=None)
-
-    for task, least in (("decode", (2.5, 2.0)), ("prefill", (2.5, 1.3))):
-        for target, what, peer in zip(least, ("its own fp32", "the best torchao setting"), ("BHyT fp32", TORCHAO)):
-            ours, theirs = best(task, lambda n: n == OURS), best(task, lambda n, p=peer: n.startswith(p))
-            ratio = ours / theirs if ours and theirs else None
+    wanted = {"decode": (2.5, 2.0), "prefill": (2.5, 1.3)}
+    for p in problems:
+        speeds = {name: timing["tokens_per_s"] for name, timing in p["providers"].items()}
+        peers = (("its own fp32", "BHyT fp32"), ("the best torchao setting", TORCHAO))
+        for target, (what, peer) in zip(wanted[p["task"]], peers):
+            theirs = max((speed for name, speed in speeds.items() if name.startswith(peer)), default=None)
+            ratio = speeds[OURS] / theirs if OURS in speeds and theirs else None
             met = None if ratio is None else ratio >= target
-            found.append(common.goal(f"{task}, int8 over {what}", f">= {target}x", ratio, met))
+            found.append(common.goal(f"{p['task']} {p['mode']}, int8 over {what}", f">= {target}x", ratio, met))
     for dtype in ("fp32", "bf16"):
         ratios = {f"{p['op']}, {p['rows']} x {p['d']}": p["providers"]["bhyt"]["us"] / p["providers"][INT8]["us"]
                   for p in ops if p["dtype"] == dtype}  # fmt: skip

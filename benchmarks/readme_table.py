@@ -1,6 +1,6 @@
-"""The tables of README.md and docs/performance.md, made from the JSON in benchmarks/results, never by hand.
+"""The tables of README.md, docs/performance.md and docs/quantization.md, made from the JSON in benchmarks/results, never by hand.
 
-    python benchmarks/readme_table.py             rewrites both
+    python benchmarks/readme_table.py             rewrites them
     python benchmarks/readme_table.py --check     changes nothing; exit status 1 if one is out of date
 
 A table stands between `<!-- table:NAME -->` and `<!-- /table:NAME -->`. NAME is the stem of a result file,
@@ -17,7 +17,9 @@ from pathlib import Path
 from typing import Any, Callable, Mapping, Optional, Sequence
 
 REPOSITORY = Path(__file__).resolve().parent.parent
-PAGES = (REPOSITORY / "README.md", REPOSITORY / "docs" / "performance.md")
+PAGES = (
+    REPOSITORY / "README.md", REPOSITORY / "docs" / "performance.md", REPOSITORY / "docs" / "quantization.md",
+)  # fmt: skip
 MARKED = re.compile(r"(<!-- table:(?P<name>[\w@.-]+) -->\n).*?(<!-- /table:(?P=name) -->)", re.DOTALL)
 
 CPU_SHAPES = ((64, 2048), (4096, 4096))
@@ -170,8 +172,49 @@ def model(result: Result) -> list[str]:
     return [*lines, "", result["paper_note"] + (f" Not measured: {'; '.join(absent)}." if absent else "")]
 
 
+def quantized(result: Result) -> list[str]:
+    """Tokens/s of whole models relative to the baseline; then int8 and float8 ops over the unquantised ones."""
+    baseline, problems = result["baseline"], result["problems"]
+    env = result["environment"]
+    state = f"torchao {env['torchao']}, transformers {env['transformers']}; load average {env['load_before']} before the run."
+    speeds = [{each: t["tokens_per_s"] for each, t in p["providers"].items()} for p in problems]
+    names = {name: None for p in problems for name in (*p["providers"], *p["failed"])}  # in order, once each
+    cells = [[f"{baseline}, tokens/s", *(number(own[baseline]) for own in speeds)]]
+    for name in names:
+        cells.append([name, *(f"{own[name] / own[baseline]:.2f}" if name in own else "failed" for own in speeds)])
+    shape = "{num_hidden_layers} layers, d = {hidden_size}".format(**result["preset"]["config"])
+    lines = [caption(result), state, "", f"Whole models, {shape}; tokens/s over {baseline}:", ""]
+    lines += markdown([f"over {baseline}", *(f"{p['task']} {p['mode']}" for p in problems)], cells)
+    ops = {f"{p['op']}": None for p in result["ops"]}
+    lines += ["", "Ops, times faster than the same op with y in the rows' dtype:", ""]
+    rows = []
+    for size in {(p["rows"], p["d"]): None for p in result["ops"]}:
+        for dtype in {p["dtype"]: None for p in result["ops"]}:
+            found = {p["op"]: p["providers"] for p in result["ops"] if (p["rows"], p["d"], p["dtype"]) == (*size, dtype)}
+            ratios = [f"{found[op]['bhyt']['us'] / found[op][to]['us']:.2f}" for op in ops for to in ("int8", "float8")]
+            rows.append([f"{size[0]} x {size[1]}", dtype, *ratios])
+    titles = [f"`{op}` {to}" for op in ops for to in ("int8", "float8")]
+    return [*lines, *markdown(["rows x d", "from", *titles], rows, left=2)]
+
+
+def quantized_accuracy(result: Result) -> list[str]:
+    """Held-out loss of the float model, and what each way of eight bits adds to it."""
+    records = result["records"]
+    ways = {way: None for r in records for way in r["losses"] if way != "float"}
+    shape = "{layers} layers, d = {dim}".format(**result["model"])
+    cells = []
+    for r in records:
+        own = r["losses"]
+        where = "-" if r["where"] == "none" else f"{r['times']}x, {r['where']}"
+        added = [f"{own[way] - own['float']:+.4f}" if way in own else "-" for way in ways]
+        cells.append([r["norm"], where, f"{own['float']:.4f}", *added])
+    lines = [f"{shape}; {result['text']}, {result['tokens']:,} held-out tokens; nats per token.", ""]
+    return lines + markdown(["norm", "outlier channel", "float", *ways], cells, left=2)
+
+
 RENDERERS: dict[str, Callable[[Result], list[str]]] = {
-    "cpu": cpu, "overhead": overhead, "compile": compiled, "model": model,
+    "cpu": cpu, "overhead": overhead, "compile": compiled, "model": model, "quantized": quantized,
+    "quantized-accuracy": quantized_accuracy,
 }  # fmt: skip
 
 PARTS: dict[str, Callable[[Result], list[str]]] = {"goals": goals, "digest": digest}
