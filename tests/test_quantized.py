@@ -107,6 +107,15 @@ def test_many_values(device: str) -> None:
 
 
 @every_tier
+def test_every_tie_is_approached(device: str) -> None:
+    """A million arguments of tanh up to 2, the scale such that all steps are taken below 1, or below 2."""
+    x = torch.linspace(-2, 2, 1 << 20, device=device).view(64, -1)
+    ones = {"lam": torch.ones(1, device=device), "variance": torch.ones(64, 1, device=device)}
+    for scale in (0.7615941559557649 / 127, 0.9640275800758169 / 127):
+        check(Call(x=x, kappa=1.0, eps=0.0, **ones), Target(scale=scale))
+
+
+@every_tier
 @pytest.mark.parametrize("dtype", (torch.float32, torch.float64))
 def test_ties_go_to_even(dtype: torch.dtype, device: str) -> None:
     """y = +-1 exactly, over scales that leave halves: rounded to even before the zero point is added."""
