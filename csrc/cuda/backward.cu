@@ -29,7 +29,7 @@ Plan plan_of(const BackwardParams& p, const Device& device) {
   plan.columns = columns_for(p.d, p.stream, 128, 1);
   plan.wide = p.stream != DType::f64 && is_wide(p);
   const int64_t resident = plan.ladder.fits_a_cluster()
-                               ? persistent_blocks(plan.ladder, device.multiprocessors, device.resident_clusters)
+                               ? persistent_blocks(plan.ladder, device)
                                : 0;
   plan.persistent = plan.wide && tuned_weight(p) && resident > 0;
   if (plan.persistent) {
@@ -63,20 +63,26 @@ int64_t persistent_shared_bytes(const Ladder& ladder) {
 template <class Branch, class Stream>
 cudaError_t run_persistent(const BackwardParams& p, const Plan& plan, const Partials<float>& out, cudaStream_t on) {
   const auto constants = constants_of<Accumulate<Stream>>(p);
+  const bool summed = p.grad_sum.data != nullptr;
+  const Ladder& ladder = plan.ladder;
   Grid grid;
   grid.blocks_x = plan.blocks;
-  grid.blocks_y = grid.cluster = plan.ladder.parts;
-  grid.threads_x = plan.ladder.threads;
-  grid.threads_y = plan.ladder.groups;
-  grid.shared_bytes = persistent_shared_bytes(plan.ladder);
+  grid.blocks_y = grid.cluster = ladder.parts;
+  grid.threads_x = ladder.threads;
+  grid.threads_y = ladder.groups;
+  grid.shared_bytes = persistent_shared_bytes(ladder);
   grid.stream = on;
-  const auto run = [&](auto weight) {
+  const auto run = [&](auto weight, auto exact, auto with_sum) {
     using Weight = typename decltype(weight)::type;
-    const auto kernel = p.exact ? backward_rows_persistent<Branch, Stream, Weight, true>
-                                : backward_rows_persistent<Branch, Stream, Weight, false>;
-    return launch(kernel, grid, p, constants, plan.ladder, out);
+    return launch(backward_rows_persistent<Branch, Stream, Weight, exact, with_sum>, grid, p, constants, ladder, out);
   };
-  return p.weight.data == nullptr || p.weight.dtype == p.branch ? run(Type<Branch>()) : run(Type<float>());
+  const auto run_exact = [&](auto weight, auto exact) {
+    return summed ? run(weight, exact, std::true_type()) : run(weight, exact, std::false_type());
+  };
+  const auto run_weight = [&](auto weight) {
+    return p.exact ? run_exact(weight, std::true_type()) : run_exact(weight, std::false_type());
+  };
+  return p.weight.data == nullptr || p.weight.dtype == p.branch ? run_weight(Type<Branch>()) : run_weight(Type<float>());
 }
 
 template <class Branch, class Stream, bool wide>
@@ -122,29 +128,34 @@ cudaError_t run_sums(const BackwardParams& p, const Plan& plan, const Partials<A
 
 #ifdef __CUDACC__
 cudaError_t describe(int index, Device* device) {
-  *device = {};
-  device->index = index;
-  int major = 0;
-  cudaError_t error = cudaDeviceGetAttribute(&device->multiprocessors, cudaDevAttrMultiProcessorCount, index);
-  if (error == cudaSuccess) error = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, index);
-  device->hopper_or_later = error == cudaSuccess && major >= 9;
-  for (int i = 1; device->hopper_or_later && i < kClusterSizes; ++i) {
-    Ladder ladder;
-    ladder.threads = kMaxThreads;
+  Device found;
+  found.index = index;
+  const auto kernel = backward_rows_persistent<bf16, bf16, bf16, true, false>;
+  cudaFuncAttributes code;
+  cudaError_t error = cudaDeviceGetAttribute(&found.multiprocessors, cudaDevAttrMultiProcessorCount, index);
+  if (error == cudaSuccess) error = cudaFuncGetAttributes(&code, kernel);
+  if (error != cudaSuccess) return error;
+  // Not the device's: code for older ones, compiled anew for this one when loaded, has neither.
+  found.hopper_or_later = code.ptxVersion >= 90;
+  if (found.hopper_or_later) {
     cudaLaunchAttribute cluster;
     cluster.id = cudaLaunchAttributeClusterDimension;
-    cluster.val.clusterDim = {1, 1u << i, 1};
     cudaLaunchConfig_t config = {};
-    config.gridDim = dim3(device->multiprocessors, 1u << i);
     config.blockDim = dim3(kMaxThreads);
+    Ladder ladder;
+    ladder.threads = kMaxThreads;
     config.dynamicSmemBytes = persistent_shared_bytes(ladder);
     config.attrs = &cluster;
     config.numAttrs = 1;
-    int* const count = &device->resident_clusters[i];
-    if (cudaOccupancyMaxActiveClusters(count, backward_rows_persistent<bf16, bf16, bf16, true>, &config) != cudaSuccess)
-      *count = 0;
+    for (int i = 1; error == cudaSuccess && i < kClusterSizes; ++i) {
+      cluster.val.clusterDim = {1, 1u << i, 1};
+      config.gridDim = dim3(found.multiprocessors, 1u << i);
+      error = cudaOccupancyMaxActiveClusters(&found.resident_clusters[i], kernel, &config);
+      if (error == cudaErrorInvalidClusterSize) error = cudaSuccess, found.resident_clusters[i] = 0;
+    }
     cudaGetLastError();
   }
+  if (error == cudaSuccess) *device = found;
   return error;
 }
 #endif

@@ -1,8 +1,8 @@
 // Backward, with z = a x, t = tanh z, u = 1 - t^2, g = grad_y * weight * u, S = sum over the row of g x:
-//   exact         grad_x = a g + x (2 grad_v - a S / shifted) / d + grad_sum
-//   approximate   grad_x = a g + grad_sum;    grad_v = -a S / (2 shifted)
-//   both          grad_lam = sum over rows of S / (kappa sqrt(shifted));    grad_weight = sum over rows of grad_y * t
-// where shifted = v + offset + eps.
+//   exact         grad_x = a g + x (2 grad_v - a S / s) / d + grad_sum
+//   approximate   grad_x = a g + grad_sum;    grad_v = -a S / (2 s)
+//   both          grad_lam = sum over rows of S / (kappa sqrt(s));    grad_weight = sum over rows of grad_y * t
+// where s = v + offset + eps.
 #pragma once
 
 #include "reduce.cuh"
@@ -38,30 +38,25 @@ BHYT_DEVICE A gradient(const Pack<Stream, W>& x_pack, const Pack<Branch, W>& gra
   return dot(g, x);
 }
 
-template <class A>
-BHYT_DEVICE A grad_variance_at(const BackwardParams& p, int64_t row) {
-  return p.grad_variance ? static_cast<const A*>(p.grad_variance)[row] : A(0);
-}
-
 // The factor of x in an exact grad_x.
 template <class A>
-BHYT_DEVICE A factor_of_x(A d, const Scale<A>& scale, A sum, A dv) {
-  return hw::div(hw::fma(A(2), dv, -hw::div(hw::mul(scale.a, sum), scale.shifted)), d);
+BHYT_DEVICE A factor_of_x(const Constants<A>& constants, const Scale<A>& scale, A sum, A dv) {
+  return hw::mul(hw::fma(A(2), dv, -hw::mul(hw::mul(scale.a, sum), scale.inverse)), constants.per_d);
 }
 
 template <class A>
 BHYT_DEVICE A grad_variance_of(const Scale<A>& scale, A sum) {
-  return hw::div(hw::mul(hw::mul(A(-0.5), scale.a), sum), scale.shifted);
+  return hw::mul(hw::mul(hw::mul(A(-0.5), scale.a), sum), scale.inverse);
 }
 
-// a g + x c + grad_sum, rounded once; c = 0 for approximate sites
-template <bool exact, class A, class Stream, int W>
+// a g + x c + grad_sum, rounded once; only exact sites have c, only `summed` ones a grad_sum
+template <bool exact, bool summed, class A, class Stream, int W>
 BHYT_DEVICE Pack<Stream, W> grad_x_pack(const A (&g)[W], const Pack<Stream, W>& x, A a, A c,
                                         const Pack<Stream, W>& grad_sum) {
   A dx[W];
 #pragma unroll
   for (int j = 0; j < W; ++j) {
-    dx[j] = grad_sum.template get<A>(j);
+    dx[j] = summed ? grad_sum.template get<A>(j) : A(-0.);  // which changes no sum's bits
     if constexpr (exact) dx[j] = hw::fma(x.template get<A>(j), c, dx[j]);
     dx[j] = hw::fma(a, g[j], dx[j]);
   }
@@ -70,7 +65,7 @@ BHYT_DEVICE Pack<Stream, W> grad_x_pack(const A (&g)[W], const Pack<Stream, W>& 
 
 // Wide. Persistent blocks: a group of threads goes through rows, its packs of the next row on their way while this
 // one's sum is made; the columns' sums stay in registers until the end, when the block's groups add theirs in turn.
-template <class Branch, class Stream, class Weight, bool exact>
+template <class Branch, class Stream, class Weight, bool exact, bool summed>
 BHYT_KERNEL(kMaxThreads) backward_rows_persistent(const BackwardParams p, const Constants<float> constants,
                                                   const Ladder ladder, const Partials<float> out) {
   using A = float;
@@ -83,8 +78,8 @@ BHYT_KERNEL(kMaxThreads) backward_rows_persistent(const BackwardParams p, const 
   auto& slots = *reinterpret_cast<SumSlots<A>*>(hw::shared());
   A* const block_columns = reinterpret_cast<A*>(hw::shared() + sizeof(SumSlots<A>));  // [W * N * threads], then lam's
   const bool need_sum = out.lam != nullptr || (exact ? p.grad_x != nullptr : p.grad_variance_out != nullptr);
-  if (ladder.parts > 1 && need_sum) hw::cluster_arrive();
   const Place at;
+  if (ladder.parts > 1) open_cluster(at, slots);
   const SiteScalars<A> scalars(p, constants);
   const auto pack_of = [&](int k) { return (at.part * N + k) * ladder.threads + at.lane; };
   const auto exists = [&](int k) { return pack_of(k) < ladder.row_packs; };
@@ -99,7 +94,7 @@ BHYT_KERNEL(kMaxThreads) backward_rows_persistent(const BackwardParams p, const 
   StreamPack x[N], next_x[N];
   BranchPack grad_y[N];
   Gains<Weight, A, W> gains[N];
-  A columns[N][W], lam = 0, v = 0, next_dv = 0;
+  A columns[N][W], lam = 0, v = 1, next_dv = 0;
 #pragma unroll
   for (int k = 0; k < N; ++k) {
     next_x[k] = StreamPack::zero();
@@ -112,7 +107,7 @@ BHYT_KERNEL(kMaxThreads) backward_rows_persistent(const BackwardParams p, const 
   const auto load_row = [&](int64_t row) {
     if (row >= p.rows) return;
     v = static_cast<const A*>(p.variance)[row];
-    if (exact) next_dv = grad_variance_at<A>(p, row);
+    if (exact && p.grad_variance) next_dv = static_cast<const A*>(p.grad_variance)[row];
 #pragma unroll
     for (int k = 0; k < N; ++k)
       if (exists(k)) {
@@ -124,10 +119,13 @@ BHYT_KERNEL(kMaxThreads) backward_rows_persistent(const BackwardParams p, const 
   const int64_t step = hw::blocks_x() * ladder.groups;
   int64_t first = hw::block_x() * ladder.groups;  // the block's row; the same number of turns for all its threads
   load_row(first + at.group);
+  const Scales<A> scales(scalars);
+  if (ladder.parts > 1) hw::cluster_wait();
+
   for (int turn = 0; first < p.rows; first += step, ++turn) {
     const int64_t row = first + at.group;
     const bool inside = row < p.rows;
-    const Scale<A> scale = scalars(v);
+    const Scale<A> scale = scales(v);
     const A dv = next_dv;
 
     A g[N][W], sum = 0;
@@ -137,22 +135,27 @@ BHYT_KERNEL(kMaxThreads) backward_rows_persistent(const BackwardParams p, const 
       x[k] = next_x[k];
       if (inside && exists(k)) sum = hw::add(sum, gradient(x[k], grad_y[k], gains[k], scale.a, g[k], columns[k]));
     }
+    const auto load_grad_sum = [&](int k) {
+      return StreamPack::template load<true>(grad_sum_rows + row * p.grad_sum.stride, pack_of(k) * W, p.d);
+    };
+    // Asked for here where registers allow; 32-bit rows leave too few.
+    constexpr bool early = summed && sizeof(Stream) == 2;
     StreamPack grad_sum[N];
+    if constexpr (early)
 #pragma unroll
-    for (int k = 0; k < N; ++k) {
-      grad_sum[k] = StreamPack::zero();
-      if (grad_sum_rows && inside && exists(k))
-        grad_sum[k] = StreamPack::template load<true>(grad_sum_rows + row * p.grad_sum.stride, pack_of(k) * W, p.d);
-    }
+      for (int k = 0; k < N; ++k)
+        if (inside && exists(k)) grad_sum[k] = load_grad_sum(k);
     load_row(row + step);
 
     const auto store_grad_x = [&](A c) {
       if (p.grad_x == nullptr || !inside) return;
 #pragma unroll
       for (int k = 0; k < N; ++k)
-        if (exists(k))
-          grad_x_pack<exact>(g[k], x[k], scale.a, c, grad_sum[k])
+        if (exists(k)) {
+          if constexpr (summed && !early) grad_sum[k] = load_grad_sum(k);
+          grad_x_pack<exact, summed>(g[k], x[k], scale.a, c, grad_sum[k])
               .template store<true>(static_cast<Stream*>(p.grad_x) + row * p.d, pack_of(k) * W, p.d);
+        }
     };
     if constexpr (!exact) store_grad_x(A(0));
     if (need_sum) {
@@ -161,7 +164,7 @@ BHYT_KERNEL(kMaxThreads) backward_rows_persistent(const BackwardParams p, const 
       if (inside) {
         lam = hw::fma(scale.per_lam, sum, lam);
         if constexpr (exact) {
-          store_grad_x(factor_of_x(constants.d, scale, sum, dv));
+          store_grad_x(factor_of_x(constants, scale, sum, dv));
         } else if (p.grad_variance_out && at.lane == 0 && at.part == 0) {
           static_cast<A*>(p.grad_variance_out)[row] = grad_variance_of(scale, sum);
         }
@@ -219,7 +222,8 @@ backward_row_sums(const BackwardParams p, const Constants<Accumulate<Stream>> co
   const Place at;
   const int64_t row = hw::block_x() * ladder.groups + at.group;
   const bool inside = row < p.rows;
-  const Scale<A> scale = SiteScalars<A>(p, constants)(inside ? static_cast<const A*>(p.variance)[row] : A(0));
+  const SiteScalars<A> scalars(p, constants);
+  const Scale<A> scale = Scales<A>(scalars)(inside ? static_cast<const A*>(p.variance)[row] : A(1));
   const Stream* x = static_cast<const Stream*>(p.x.data) + row * p.x.stride;
   const Branch* grad_y = static_cast<const Branch*>(p.grad_y.data) + row * p.grad_y.stride;
 
@@ -250,7 +254,7 @@ backward_columns(const BackwardParams p, const Constants<Accumulate<Stream>> con
   using A = Accumulate<Stream>;
   constexpr int W = kPackWidth<Stream>;
   using StreamPack = Pack<Stream, W>;
-  const SiteScalars<A> scalars(p, constants);
+  const Scales<A> scales{SiteScalars<A>(p, constants)};
   const int64_t stride = int64_t(hw::blocks_y()) * hw::threads_x();
   for (int64_t pack = int64_t(hw::block_y()) * hw::threads_x() + hw::thread_x(); pack < row_packs; pack += stride) {
     const auto gains = Gains<AnyFloat, A, W>::template load<wide>(p.weight, pack * W, p.d);
@@ -260,17 +264,22 @@ backward_columns(const BackwardParams p, const Constants<Accumulate<Stream>> con
           StreamPack::template load<wide>(static_cast<const Stream*>(p.x.data) + row * p.x.stride, pack * W, p.d);
       const auto grad_y = Pack<Branch, W>::template load<wide>(
           static_cast<const Branch*>(p.grad_y.data) + row * p.grad_y.stride, pack * W, p.d);
-      const Scale<A> scale = scalars(static_cast<const A*>(p.variance)[row]);
+      const Scale<A> scale = scales(static_cast<const A*>(p.variance)[row]);
       A g[W];
       gradient(x, grad_y, gains, scale.a, g, columns);
       if (p.grad_x == nullptr) continue;
-      auto grad_sum = StreamPack::zero();
-      if (p.grad_sum.data)
-        grad_sum = StreamPack::template load<wide>(
-            static_cast<const Stream*>(p.grad_sum.data) + row * p.grad_sum.stride, pack * W, p.d);
-      const A c = exact ? factor_of_x(constants.d, scale, out.row_sums[row], grad_variance_at<A>(p, row)) : A(0);
-      grad_x_pack<exact>(g, x, scale.a, c, grad_sum)
-          .template store<wide>(static_cast<Stream*>(p.grad_x) + row * p.d, pack * W, p.d);
+      const A dv = exact && p.grad_variance ? static_cast<const A*>(p.grad_variance)[row] : A(0);
+      const A c = exact ? factor_of_x(constants, scale, out.row_sums[row], dv) : A(0);
+      const auto store = [&](auto has_grad_sum) {
+        constexpr bool summed = decltype(has_grad_sum)::value;
+        auto grad_sum = StreamPack::zero();
+        if constexpr (summed)
+          grad_sum = StreamPack::template load<wide>(
+              static_cast<const Stream*>(p.grad_sum.data) + row * p.grad_sum.stride, pack * W, p.d);
+        grad_x_pack<exact, summed>(g, x, scale.a, c, grad_sum)
+            .template store<wide>(static_cast<Stream*>(p.grad_x) + row * p.d, pack * W, p.d);
+      };
+      p.grad_sum.data ? store(std::true_type()) : store(std::false_type());
     }
     if (out.weight)
 #pragma unroll

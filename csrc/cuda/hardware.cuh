@@ -13,7 +13,7 @@
 #include <cstdint>
 
 #define BHYT_DEVICE __device__ __forceinline__
-#define BHYT_KERNEL(max_threads) __global__ void __launch_bounds__(max_threads)
+#define BHYT_KERNEL(max_threads) __global__ void __launch_bounds__(max_threads, 1)
 
 namespace bhyt::cuda::hw {
 
@@ -42,10 +42,11 @@ BHYT_DEVICE void block_barrier() { __syncthreads(); }
 // A barrier of whole warps; `id` 0 is block_barrier's own.
 BHYT_DEVICE void barrier(int id, int threads) { asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory"); }
 
-// Clusters: blocks that see one another's shared memory (sm_90 and later; the launcher asks for none elsewhere).
+// Clusters: blocks that see one another's shared memory (sm_90 and later; the launcher asks for none elsewhere). Arriving
+// orders nothing: what a block must see of another's memory comes with an Inbox.
 BHYT_DEVICE void cluster_arrive() {
 #if __CUDA_ARCH__ >= 900
-  asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
+  asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
 #endif
 }
 
@@ -55,13 +56,51 @@ BHYT_DEVICE void cluster_wait() {
 #endif
 }
 
-// Stores to where `mine` lies in the shared memory of block `target` of the cluster.
-BHYT_DEVICE void cluster_store(float* mine, int target, float v) {
+// Counts the bytes that other blocks store beside it, an mbarrier: a phase ends when as many came as one thread said.
+struct Inbox {
+  uint64_t state;
+
+  BHYT_DEVICE uint32_t address() const { return static_cast<uint32_t>(__cvta_generic_to_shared(&state)); }
+
+  // By one thread, before its cluster_arrive().
+  BHYT_DEVICE void open() {
 #if __CUDA_ARCH__ >= 900
-  uint32_t theirs;
+    asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(address()) : "memory");
+    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+#endif
+  }
+
+  // By one thread, once per phase.
+  BHYT_DEVICE void expect(uint32_t bytes) {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(address()), "r"(bytes) : "memory");
+#endif
+  }
+
+  // Until phase 0, 1, 2, .. has ended; `parity` is its lowest bit.
+  BHYT_DEVICE void wait(uint32_t parity) const {
+#if __CUDA_ARCH__ >= 900
+    asm volatile(
+        "{\n"
+        ".reg .pred done;\n"
+        "again:\n"
+        "mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
+        "@!done bra again;\n"
+        "}" ::"r"(address()), "r"(parity) : "memory");
+#endif
+  }
+};
+
+// Stores to where `mine` lies in the shared memory of block `target` of the cluster, and counts in its `inbox`.
+BHYT_DEVICE void cluster_store(float* mine, Inbox& inbox, int target, float v) {
+#if __CUDA_ARCH__ >= 900
+  uint32_t to, counted;
   const uint32_t address = static_cast<uint32_t>(__cvta_generic_to_shared(mine));
-  asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(theirs) : "r"(address), "r"(target));
-  asm volatile("st.shared::cluster.f32 [%0], %1;" ::"r"(theirs), "f"(v) : "memory");
+  asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(to) : "r"(address), "r"(target));
+  asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(counted) : "r"(inbox.address()), "r"(target));
+  asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.u32 [%0], %1, [%2];" ::"r"(to),
+               "r"(__float_as_uint(v)), "r"(counted)
+               : "memory");
 #endif
 }
 
@@ -112,6 +151,13 @@ BHYT_DEVICE float exp2_approx(float a) {
 BHYT_DEVICE float reciprocal_approx(float a) {
   float r;
   asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(a));
+  return r;
+}
+
+// 1/sqrt(a) within 2^-22.9 (the manual's figure), subnormal arguments included.
+BHYT_DEVICE float reciprocal_sqrt_approx(float a) {
+  float r;
+  asm("rsqrt.approx.f32 %0, %1;" : "=f"(r) : "f"(a));
   return r;
 }
 
@@ -172,6 +218,15 @@ BHYT_DEVICE void store_words(void* to, const uint32_t* from) {
     static_assert(words == 1);
     *static_cast<uint32_t*>(to) = from[0];
   }
+}
+
+// A number of 2, 4 or 8 bytes, as bits.
+BHYT_DEVICE void load_scalar(const void* from, int bytes, uint32_t& low, uint32_t& high) {
+  if (bytes == 2)
+    low = *static_cast<const uint16_t*>(from);
+  else
+    low = *static_cast<const uint32_t*>(from);
+  if (bytes == 8) high = static_cast<const uint32_t*>(from)[1];
 }
 
 }  // namespace bhyt::cuda::hw

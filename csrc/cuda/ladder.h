@@ -9,12 +9,13 @@
 #include <algorithm>
 #include <cstdint>
 
-#include "../params.h"
+#include "launch.h"
 
 namespace bhyt::cuda {
 
 constexpr int kMaxThreads = 512;
 constexpr int kMaxClusterParts = 8;  // the largest portable cluster
+constexpr int kMaxGridY = 65535;
 
 struct Ladder {
   int threads = 1;  // per part of a row: a power of two up to 32, or a multiple of 32
@@ -73,11 +74,16 @@ inline int cluster_index(const Ladder& l) {
   return i;
 }
 
-// Blocks of a persistent kernel along the rows, for rows without end: as many as run at once, one per multiprocessor,
-// whose registers 512 threads take. Two where threads don't divide 512 so badly that half of them would be missing.
-inline int64_t persistent_blocks(const Ladder& l, int multiprocessors, const int* resident_clusters) {
-  if (l.parts > 1) return resident_clusters[cluster_index(l)];
-  return int64_t(multiprocessors) * (l.threads * l.groups <= kMaxThreads / 2 ? 2 : 1);
+// Blocks of a persistent kernel on a multiprocessor, whose registers 512 threads take. Two where threads don't divide
+// 512 so badly that half of them would be missing.
+inline int blocks_per_multiprocessor(const Ladder& l) {
+  return l.parts == 1 && l.threads * l.groups <= kMaxThreads / 2 ? 2 : 1;
+}
+
+// Blocks of a persistent kernel along the rows, for rows without end: as many as run at once.
+inline int64_t persistent_blocks(const Ladder& l, const Device& device) {
+  if (l.parts > 1) return device.resident_clusters[cluster_index(l)];
+  return int64_t(device.multiprocessors) * blocks_per_multiprocessor(l);
 }
 
 // Kernels in which a thread keeps to one pack of columns and goes through rows.
@@ -95,7 +101,7 @@ inline Columns columns_for(int64_t d, DType stream, int block_threads, int max_g
   if (c.blocks > 1) c.threads = static_cast<int>(ceil_div(c.threads, 32) * 32);
   c.groups = block_threads / c.threads;
   if (c.groups > max_groups) c.groups = max_groups;
-  if (c.blocks > 65535) c.blocks = 65535;  // the grid's limit; threads then take every 65535th pack of blocks
+  if (c.blocks > kMaxGridY) c.blocks = kMaxGridY;  // threads then take every 65535th pack of blocks
   return c;
 }
 

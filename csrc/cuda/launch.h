@@ -18,8 +18,8 @@ constexpr int kClusterSizes = 4;  // 1, 2, 4, 8 blocks
 struct Device {
   int index = 0;
   int multiprocessors = 1;
-  bool hopper_or_later = false;  // has clusters and programmatic dependent launch
-  // How many clusters of 2^i blocks run at once, each block with a multiprocessor's registers to itself; 0: none can.
+  bool hopper_or_later = false;  // has clusters and programmatic dependent launch, and so has the code it runs
+  // How many clusters of 2^i blocks run at once, each block with a multiprocessor to itself; 0: none can.
   int resident_clusters[kClusterSizes] = {};
 };
 

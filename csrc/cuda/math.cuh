@@ -60,47 +60,93 @@ BHYT_DEVICE void write(void* data, DType dtype, int64_t i, A v) {
   }
 }
 
-// A row's scalars. `shifted` = v + offset + eps;  `per_lam` = 1 / (kappa sqrt(shifted));  a = lam per_lam.
+// 1 / sqrt(s): 0 of infinity, infinity of 0.
+BHYT_DEVICE double reciprocal_sqrt(double s) { return hw::div(1., hw::sqrt(s)); }
+
+// One step of Newton's on the approximate instruction: within 1.1 ulp, in a fifth of the time of a root and a division.
+BHYT_DEVICE float reciprocal_sqrt(float s) {
+  const float r = hw::reciprocal_sqrt_approx(s);
+  const float step = hw::mul(hw::mul(0.5f, r), hw::fma(-hw::mul(s, r), r, 1.f));
+  return step == step ? hw::add(r, step) : r;
+}
+
+// A call's numbers in the arithmetic type, made on the host: conversions and divisions are slow on the device.
+template <class A>
+struct Constants {
+  A per_kappa, eps, d, per_d;
+};
+
+template <class A>
+Constants<A> constants_of(const SiteParams& p) {
+  return {static_cast<A>(1 / p.kappa), static_cast<A>(p.eps), static_cast<A>(p.d), static_cast<A>(1. / p.d)};
+}
+
+// sum / d
+template <class A>
+BHYT_DEVICE A mean_of(A sum, const Constants<A>& constants) {
+  const A q = hw::mul(sum, constants.per_d);
+  const A rest = hw::fma(-q, constants.d, sum);  // NaN where the sum is infinite
+  return rest == rest ? hw::fma(rest, constants.per_d, q) : q;
+}
+
+// A row's scalars: with s = v + offset + eps,  `inverse` = 1 / s,  `per_lam` = 1 / (kappa sqrt(s)),  a = lam per_lam.
 template <class A>
 struct Scale {
-  A shifted, per_lam, a;
+  A inverse, per_lam, a;
+};
+
+// One number, 0 where none is given. Its load goes out when it is made; the dtype's branches wait until it is asked for.
+struct Scalar {
+  uint32_t low = 0, high = 0;
+  DType dtype;
+
+  BHYT_DEVICE explicit Scalar(const Values& t) : dtype(t.dtype) {
+    const int bytes = dtype == DType::f64 ? 8 : dtype == DType::f32 ? 4 : 2;
+    if (t.data) hw::load_scalar(t.data, bytes, low, high);
+  }
+
+  template <class A>
+  BHYT_DEVICE A value() const {
+    switch (dtype) {
+      case DType::f16: return static_cast<A>(hw::half_bits_to_float(low));
+      case DType::bf16: return static_cast<A>(hw::bits_to_float(low << 16));
+      case DType::f32: return static_cast<A>(hw::bits_to_float(low));
+      default: return static_cast<A>(hw::bits_to_double(low, high));
+    }
+  }
+};
+
+// The scalars of a call, the same for every row, on their way.
+template <class A>
+struct SiteScalars {
+  Constants<A> constants;
+  Scalar lam, offset;
+
+  BHYT_DEVICE SiteScalars(const SiteParams& p, const Constants<A>& constants)
+      : constants(constants), lam(p.lam), offset(p.offset) {}
 };
 
 // The one place where a is made, from the variance as stored: an approximate forward given the variance of an exact
 // one has the same bits. Adding an absent offset as 0 changes none.
 template <class A>
-BHYT_DEVICE Scale<A> scale_of(A v, A offset, A lam, A kappa, A eps) {
-  Scale<A> s;
-  s.shifted = hw::add(hw::add(v, offset), eps);
-  s.per_lam = hw::div(A(1), hw::mul(kappa, hw::sqrt(s.shifted)));
-  s.a = hw::mul(lam, s.per_lam);
-  hw::pin(s.shifted);
-  hw::pin(s.per_lam);
-  hw::pin(s.a);
-  return s;
-}
-
-// A call's numbers in the arithmetic type, converted on the host: a conversion from 64 bits is slow on many chips.
-template <class A>
-struct Constants {
-  A kappa, eps, d;
-};
-
-template <class A>
-Constants<A> constants_of(const SiteParams& p) {
-  return {static_cast<A>(p.kappa), static_cast<A>(p.eps), static_cast<A>(p.d)};
-}
-
-// The scalars of a call, the same for every row.
-template <class A>
-struct SiteScalars {
+struct Scales {
   Constants<A> constants;
   A lam, offset;
 
-  BHYT_DEVICE SiteScalars(const SiteParams& p, const Constants<A>& constants)
-      : constants(constants), lam(read<A>(p.lam, 0)), offset(p.offset.data ? read<A>(p.offset, 0) : A(0)) {}
+  BHYT_DEVICE explicit Scales(const SiteScalars<A>& site)
+      : constants(site.constants),
+        lam(site.lam.template value<A>()),
+        offset(site.offset.template value<A>()) {}
 
-  BHYT_DEVICE Scale<A> operator()(A v) const { return scale_of(v, offset, lam, constants.kappa, constants.eps); }
+  BHYT_DEVICE Scale<A> operator()(A v) const {
+    const A root = reciprocal_sqrt(hw::add(hw::add(v, offset), constants.eps));
+    Scale<A> scale;
+    scale.inverse = hw::mul(root, root);
+    scale.per_lam = hw::mul(constants.per_kappa, root);
+    scale.a = hw::mul(lam, scale.per_lam);
+    hw::pin(scale.a);
+    return scale;
+  }
 };
 
 // tanh of a whole pack. Arguments below kSmall, almost all in this layer (4.5 standard deviations at lam = 2),

@@ -20,7 +20,17 @@ template <class A>
 struct SumSlots {
   A warp[2][kMaxThreads / 32];
   A part[2][kMaxClusterParts];
+  hw::Inbox inbox[2];  // of `part`
 };
+
+// Opens the inboxes of a cluster's block. Between this and cluster_sum stands a cluster_wait(): a block must be running
+// before its shared memory is written to.
+template <class A>
+BHYT_DEVICE void open_cluster(const Place& place, SumSlots<A>& slots) {
+  if (place.lane == 0)
+    for (hw::Inbox& inbox : slots.inbox) inbox.open();
+  hw::cluster_arrive();
+}
 
 template <class A>
 BHYT_DEVICE A butterfly(A v, int lanes) {
@@ -46,14 +56,15 @@ BHYT_DEVICE A group_sum(A v, const Ladder& ladder, const Place& place, SumSlots<
   return butterfly(lane < ladder.threads / 32 ? sums[lane] : A(0), 32);
 }
 
-// The sum over the parts, one per block of a cluster, given to all their threads. Between kernel start and the first
-// call stands a cluster_arrive(): a block must be running before its shared memory is written to.
+// The sum over the parts, one per block of a cluster, given to all their threads. `turn` counts the calls. No barrier:
+// each block waits for its inbox. It may be written to again two turns later: whoever writes has had every block's sum
+// of the turn between, which that block sent after all its threads had read the sums before.
 BHYT_DEVICE float cluster_sum(float v, const Ladder& ladder, const Place& place, SumSlots<float>& slots, int turn) {
-  if (turn == 0) hw::cluster_wait();
-  float* sums = slots.part[turn & 1];
-  if (place.lane < ladder.parts) hw::cluster_store(sums + place.part, place.lane, v);
-  hw::cluster_arrive();
-  hw::cluster_wait();
+  float* const sums = slots.part[turn & 1];
+  hw::Inbox& inbox = slots.inbox[turn & 1];
+  if (place.lane == 0) inbox.expect(static_cast<uint32_t>(ladder.parts * sizeof(float)));
+  if (place.lane < ladder.parts) hw::cluster_store(sums + place.part, inbox, place.lane, v);
+  inbox.wait(turn >> 1 & 1);
   float total = 0;
   for (int i = 0; i < ladder.parts; ++i) total = hw::add(total, sums[i]);
   return total;

@@ -330,9 +330,42 @@ inline void cluster_wait() {
   simt::yield();
 }
 
-inline void cluster_store(float* mine, int target, float v) {
-  const auto offset = reinterpret_cast<unsigned char*>(mine) - shared();
-  *reinterpret_cast<float*>(simt::machine().blocks.at(target).shared + offset) = v;
+// As the mbarrier: one arrival and a balance of bytes end a phase; bytes may come before they are expected.
+struct Inbox {
+  int32_t missing;
+  int16_t arrivals;
+  uint16_t phases;
+
+  void open() { *this = {0, 0, 0}; }
+  void expect(uint32_t bytes) {
+    if (arrivals++) simt::fail("an inbox is asked to expect twice in a phase");
+    add(static_cast<int32_t>(bytes));
+  }
+  void add(int32_t bytes) {
+    missing += bytes;
+    if (arrivals == 0 || missing != 0) return;
+    arrivals = 0;
+    ++phases;
+  }
+  void wait(uint32_t parity) const {
+    for (int turns = 0; (phases & 1) == parity; ++turns) {
+      if (turns > 100000) simt::fail("deadlock: an inbox waits for what never comes");
+      simt::yield();
+    }
+  }
+};
+static_assert(sizeof(Inbox) == 8);
+
+inline void cluster_store(float* mine, Inbox& inbox, int target, float v) {
+  unsigned char* const theirs = simt::machine().blocks.at(target).shared;
+  const auto offset = [](const void* at) { return static_cast<const unsigned char*>(at) - shared(); };
+  *reinterpret_cast<float*>(theirs + offset(mine)) = v;
+  reinterpret_cast<Inbox*>(theirs + offset(&inbox))->add(-4);
+}
+
+inline void load_scalar(const void* from, int bytes, uint32_t& low, uint32_t& high) {
+  std::memcpy(&low, from, bytes == 2 ? 2 : 4);
+  if (bytes == 8) std::memcpy(&high, static_cast<const char*>(from) + 4, 4);
 }
 
 inline void wait_for_previous_grid() {}
@@ -359,6 +392,9 @@ template <class A>
 void pin(A&) {}
 
 inline float exp2_approx(float a) { return simt::perturbed(static_cast<float>(std::exp2(static_cast<double>(a))), 2); }
+inline float reciprocal_sqrt_approx(float a) {
+  return simt::perturbed(static_cast<float>(1 / std::sqrt(static_cast<double>(a))), 2);
+}
 inline float reciprocal_approx(float a) { return simt::perturbed(1.f / a, 1); }
 // 92 ulp of a float just above a power of two are a relative 1.1e-5, half that just below the next: so twice as many.
 inline float tanh_approx(float a) {

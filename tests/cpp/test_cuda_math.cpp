@@ -108,11 +108,37 @@ void packs(DType dtype) {
   check(out.guards_hold() && (W == 1 || out.get(0, d - 1) == d - 0.5), "element-wise store");
 }
 
+Scale<float> scale_of(float v, double offset, double lam) {
+  SiteParams p;
+  const float lam_value = static_cast<float>(lam);
+  p.lam = {&lam_value, DType::f32};
+  p.offset = {&offset, DType::f64};
+  p.d = 48;
+  return Scales<float>(SiteScalars<float>(p, constants_of<float>(p)))(v);
+}
+
 void scales() {
-  const auto exact = scale_of(0.5f, 0.f, 2.f, 10.f, 1e-6f);
+  const auto exact = scale_of(0.5f, 0, 2);
   check(std::fabs(exact.a - 2 / (10 * std::sqrt(0.500001))) < 5e-8, "a = lam / (kappa sqrt(v + eps))");
-  const auto off = scale_of(0.5f, 0.25f, 0.f, 10.f, 1e-6f);
-  check(off.a == 0 && off.per_lam > 0.115 && off.shifted > 0.75f, "lam = 0 leaves 1 / (kappa sqrt(..))");
+  const auto off = scale_of(0.5f, 0.25, 0);
+  check(off.a == 0 && off.per_lam > 0.115 && off.inverse < 1.34f, "lam = 0 leaves 1 / (kappa sqrt(..))");
+  check(scale_of(INFINITY, 0, 2).a == 0, "an infinite variance leaves nothing");
+  check(std::isnan(scale_of(NAN, 0, 2).a), "NaN stays");
+
+  double worst = 0;
+  for (uint32_t bits = 0x00800000; bits < 0x7f000000; bits += 4099) {
+    const float s = hw::bits_to_float(bits);
+    const double right = 1 / std::sqrt(static_cast<double>(s));
+    worst = std::max(worst, std::fabs(reciprocal_sqrt(s) / right - 1));
+  }
+  check(worst < 1.1 * 0x1p-23, "1 / sqrt within 1.1 ulp");
+  check(reciprocal_sqrt(0.f) == INFINITY && reciprocal_sqrt(INFINITY) == 0, "1 / sqrt of 0 and of infinity");
+
+  SiteParams p;
+  p.d = 48;
+  const auto constants = constants_of<float>(p);
+  for (float sum : {1.f, 47.999f, 3e38f, 1e-30f}) check(mean_of(sum, constants) == sum / 48, "a mean is rounded once");
+  check(mean_of(INFINITY, constants) == INFINITY && mean_of(0.f, constants) == 0, "means of nothing and of too much");
 }
 
 }  // namespace
