@@ -13,7 +13,11 @@
 #include <cstdint>
 
 #define BHYT_DEVICE __device__ __forceinline__
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900  // where ptxas would rather spill than take registers that are free
 #define BHYT_KERNEL(max_threads) __global__ void __launch_bounds__(max_threads, 1)
+#else
+#define BHYT_KERNEL(max_threads) __global__ void __launch_bounds__(max_threads)
+#endif
 
 namespace bhyt::cuda::hw {
 
