@@ -3,6 +3,7 @@
 #pragma once
 
 #include <ATen/ATen.h>
+#include <ATen/core/dispatch/Dispatcher.h>
 
 #include <array>
 #include <optional>
@@ -83,35 +84,35 @@ inline Tensor quantize(const Tensor& y, double scale, int64_t zero_point, at::Sc
   return q.to(dtype).contiguous();
 }
 
-inline std::tuple<Tensor, Tensor> forward_quantized(const Tensor& x, const OptionalTensor& weight, const Tensor& lam,
-                                                    double scale, int64_t zero_point, at::ScalarType dtype,
-                                                    double kappa, double eps) {
-  checks::site(x, weight, lam, kappa, eps);
-  checks::quantization(scale, zero_point, dtype);
-  const Tensor row = accumulate(x), variance = mean_square(row);
-  return {quantize(site_of(row, variance, {}, weight, lam, kappa, eps), scale, zero_point, dtype), variance};
-}
-
 inline Tensor forward_approx_quantized(const Tensor& x, const Tensor& variance, const OptionalTensor& offset,
                                        const OptionalTensor& weight, const Tensor& lam, double scale,
                                        int64_t zero_point, at::ScalarType dtype, double kappa, double eps) {
   checks::site(x, weight, lam, kappa, eps);
   checks::given_variance(x, variance, offset);
   checks::quantization(scale, zero_point, dtype);
-  const Tensor y = site_of(accumulate(x), variance, offset, weight, lam, kappa, eps);
-  return quantize(y, scale, zero_point, dtype);
+  return quantize(site_of(accumulate(x), variance, offset, weight, lam, kappa, eps), scale, zero_point, dtype);
+}
+
+// Sum and variance are those of the device's own op, which has kernels where the quantised one may have none: the same
+// bits everywhere.
+inline std::tuple<Tensor, Tensor> forward_quantized(const Tensor& x, const OptionalTensor& weight, const Tensor& lam,
+                                                    double scale, int64_t zero_point, at::ScalarType dtype,
+                                                    double kappa, double eps) {
+  static const auto op =
+      c10::Dispatcher::singleton().findSchemaOrThrow("bhyt::forward", "").typed<decltype(forward)>();
+  const Tensor variance = std::get<1>(op.call(x, weight, lam, kappa, eps));
+  return {forward_approx_quantized(x, variance, {}, weight, lam, scale, zero_point, dtype, kappa, eps), variance};
 }
 
 inline std::tuple<Tensor, Tensor, Tensor> add_forward_quantized(const Tensor& x, const Tensor& residual,
                                                                 const OptionalTensor& weight, const Tensor& lam,
                                                                 double scale, int64_t zero_point, at::ScalarType dtype,
                                                                 double kappa, double eps) {
-  checks::residual(x, residual);
-  checks::site(x, weight, lam, kappa, eps);
-  checks::quantization(scale, zero_point, dtype);
-  const Tensor sum = (residual + x).contiguous(), row = accumulate(sum), variance = mean_square(row);
-  const Tensor y = site_of(row, variance, {}, weight, lam, kappa, eps);
-  return {quantize(y, scale, zero_point, dtype), sum, variance};
+  static const auto op =
+      c10::Dispatcher::singleton().findSchemaOrThrow("bhyt::add_forward", "").typed<decltype(add_forward)>();
+  const auto [y, sum, variance] = op.call(x, residual, weight, lam, kappa, eps);
+  return {forward_approx_quantized(sum, variance, {}, weight, lam, scale, zero_point, dtype, kappa, eps), sum,
+          variance};
 }
 
 inline std::tuple<Tensor, Tensor> add_forward_approx_quantized(const Tensor& x, const Tensor& residual,
@@ -120,12 +121,8 @@ inline std::tuple<Tensor, Tensor> add_forward_approx_quantized(const Tensor& x, 
                                                                double scale, int64_t zero_point, at::ScalarType dtype,
                                                                double kappa, double eps) {
   checks::residual(x, residual);
-  checks::site(x, weight, lam, kappa, eps);
-  checks::given_variance(residual, variance, offset);
-  checks::quantization(scale, zero_point, dtype);
   const Tensor sum = (residual + x).contiguous();
-  const Tensor y = site_of(accumulate(sum), variance, offset, weight, lam, kappa, eps);
-  return {quantize(y, scale, zero_point, dtype), sum};
+  return {forward_approx_quantized(sum, variance, offset, weight, lam, scale, zero_point, dtype, kappa, eps), sum};
 }
 
 // The terms both backward formulas share, in SPEC names:
