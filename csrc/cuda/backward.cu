@@ -26,11 +26,9 @@ Plan plan_of(const BackwardParams& p, const Device& device) {
   Plan plan;
   if (p.rows == 0 || p.d == 0) return plan;
   plan.ladder = backward_ladder(p.d, p.stream);
-  plan.columns = columns_for(p.d, p.stream, 128, 1);
+  plan.columns = columns_for(p.d, p.stream);
   plan.wide = p.stream != DType::f64 && is_wide(p);
-  const int64_t resident = plan.ladder.fits_a_cluster()
-                               ? persistent_blocks(plan.ladder, device)
-                               : 0;
+  const int64_t resident = plan.ladder.fits_a_cluster() ? persistent_blocks(plan.ladder, device) : 0;
   plan.persistent = plan.wide && tuned_weight(p) && resident > 0;
   if (plan.persistent) {
     plan.blocks = std::min(ceil_div(p.rows, plan.ladder.groups), resident);

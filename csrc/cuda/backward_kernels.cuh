@@ -248,7 +248,7 @@ backward_row_sums(const BackwardParams p, const Constants<Accumulate<Stream>> co
 
 // Second half: grad_x, and the columns' sums over the block's share of the rows. A thread keeps to one pack of columns.
 template <class Branch, class Stream, bool exact, bool wide>
-BHYT_KERNEL(256)
+BHYT_KERNEL(kColumnThreads)
 backward_columns(const BackwardParams p, const Constants<Accumulate<Stream>> constants, const int64_t row_packs,
                  const Partials<Accumulate<Stream>> out) {
   using A = Accumulate<Stream>;

@@ -24,7 +24,6 @@ namespace bhyt::cuda::hw {
 BHYT_DEVICE int thread_x() { return threadIdx.x; }
 BHYT_DEVICE int thread_y() { return threadIdx.y; }
 BHYT_DEVICE int threads_x() { return blockDim.x; }
-BHYT_DEVICE int threads_y() { return blockDim.y; }
 BHYT_DEVICE int64_t block_x() { return blockIdx.x; }
 BHYT_DEVICE int block_y() { return blockIdx.y; }
 BHYT_DEVICE int64_t blocks_x() { return gridDim.x; }

@@ -14,6 +14,7 @@
 namespace bhyt::cuda {
 
 constexpr int kMaxThreads = 512;
+constexpr int kColumnThreads = 128;
 constexpr int kMaxClusterParts = 8;  // the largest portable cluster
 constexpr int kMaxGridY = 65535;
 
@@ -86,21 +87,18 @@ inline int64_t persistent_blocks(const Ladder& l, const Device& device) {
   return int64_t(device.multiprocessors) * blocks_per_multiprocessor(l);
 }
 
-// Kernels in which a thread keeps to one pack of columns and goes through rows.
+// A kernel in which a thread keeps to one pack of columns and goes through rows.
 struct Columns {
-  int threads = 1;   // packs of columns per block
-  int groups = 1;    // rows side by side in a block
+  int threads = 1;     // packs of columns per block
   int64_t blocks = 1;  // along the row
 };
 
-inline Columns columns_for(int64_t d, DType stream, int block_threads, int max_groups) {
+inline Columns columns_for(int64_t d, DType stream) {
   Columns c;
   const int64_t packs = d > 0 ? ceil_div(d, pack_width(stream)) : 1;
-  c.blocks = ceil_div(packs, block_threads);
+  c.blocks = ceil_div(packs, kColumnThreads);
   c.threads = static_cast<int>(ceil_div(packs, c.blocks));
   if (c.blocks > 1) c.threads = static_cast<int>(ceil_div(c.threads, 32) * 32);
-  c.groups = block_threads / c.threads;
-  if (c.groups > max_groups) c.groups = max_groups;
   if (c.blocks > kMaxGridY) c.blocks = kMaxGridY;  // threads then take every 65535th pack of blocks
   return c;
 }

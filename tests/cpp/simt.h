@@ -283,7 +283,6 @@ namespace bhyt::cuda::hw {
 inline int thread_x() { return simt::machine().current->x; }
 inline int thread_y() { return simt::machine().current->y; }
 inline int threads_x() { return simt::machine().threads_x; }
-inline int threads_y() { return simt::machine().threads_y; }
 inline int64_t block_x() { return simt::machine().current->block->x; }
 inline int block_y() { return simt::machine().current->block->y; }
 inline int64_t blocks_x() { return simt::machine().blocks_x; }
