@@ -13,7 +13,8 @@
 #include <cstdint>
 
 #define BHYT_DEVICE __device__ __forceinline__
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900  // where ptxas would rather spill than take registers that are free
+// Where ptxas would rather spill than take registers that are free.
+#if defined(__CUDA_ARCH__) && (__CUDA_ARCH__ < 900 || __CUDA_ARCH__ >= 1200)
 #define BHYT_KERNEL(max_threads) __global__ void __launch_bounds__(max_threads, 1)
 #else
 #define BHYT_KERNEL(max_threads) __global__ void __launch_bounds__(max_threads)

@@ -119,7 +119,7 @@ struct Thread {
   int x = 0, y = 0, id = 0;
   Barrier* waits_for = nullptr;
   int generation = 0, cluster_generation = -1;
-  bool done = false;
+  bool knows_cluster_runs = false, done = false;
 };
 
 enum class Order { ascending, descending, shuffled };
@@ -323,6 +323,7 @@ inline void cluster_wait() {
   if (me.cluster_generation < 0) simt::fail("waits for a cluster barrier without having arrived");
   const int generation = me.cluster_generation;
   me.cluster_generation = -1;
+  me.knows_cluster_runs = true;
   if (m.cluster_barrier.generation != generation) return;
   me.waits_for = &m.cluster_barrier;
   me.generation = generation;
@@ -356,6 +357,7 @@ struct Inbox {
 static_assert(sizeof(Inbox) == 8);
 
 inline void cluster_store(float* mine, Inbox& inbox, int target, float v) {
+  if (!simt::machine().current->knows_cluster_runs) simt::fail("a store to a block that may not run yet");
   unsigned char* const theirs = simt::machine().blocks.at(target).shared;
   const auto offset = [](const void* at) { return static_cast<const unsigned char*>(at) - shared(); };
   *reinterpret_cast<float*>(theirs + offset(mine)) = v;
