@@ -1,1 +1,1 @@
-"""The rooms of `examples/pretrain.py`: model, norms, data, train, plot."""
+"""The rooms of `examples/pretrain.py`: model, norms, data, train, files, distributed, sample, export, plot."""

@@ -80,7 +80,7 @@ def _documents(paths: list[Path]) -> Iterator[bytes]:
         if path.suffix != ".jsonl":
             yield path.read_bytes()
             continue
-        with path.open(encoding="utf-8") as lines:
+        with path.open("rb") as lines:
             for number, line in enumerate(lines, start=1):
                 try:
                     yield json.loads(line)["text"].encode()

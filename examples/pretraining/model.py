@@ -29,6 +29,9 @@ class ModelConfig:
     seq_len: int
 
     def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            if value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
         if self.dim % (2 * self.heads):
             raise ValueError(f"dim must be a multiple of 2 * heads = {2 * self.heads}, got {self.dim}")
         if self.heads % self.kv_heads:

@@ -25,11 +25,11 @@ STYLE = {
 }
 SMOOTHING = 0.3  # share of the past in the running mean of the training loss
 
-Log = dict[str, list[dict[str, Any]]]  # the records of one run by event: start, train, valid, depth
+Log = dict[str, list[dict[str, Any]]]  # the records of one run by event: start, train, valid, depth, steps
 
 
 def read_log(path: Path) -> Log:
-    records: Log = {"start": [], "train": [], "valid": [], "depth": []}
+    records: Log = {"start": [], "train": [], "valid": [], "depth": [], "steps": []}
     for line in path.read_text(encoding="utf-8").splitlines():
         record = json.loads(line)
         records[record["event"]].append(record)
