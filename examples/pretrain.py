@@ -151,6 +151,9 @@ def configure_run(arguments: argparse.Namespace, world: World) -> tuple[ModelCon
     """
     try:
         torch.device(arguments.device)
+    except RuntimeError as error:
+        raise SystemExit(f"--device {arguments.device}: {first_line(error)}") from error
+    try:
         if arguments.stop_at is not None and arguments.stop_at < 1:
             raise ValueError(f"stop-at must be at least 1, got {arguments.stop_at}")
         if arguments.samples < 0:
@@ -159,8 +162,8 @@ def configure_run(arguments: argparse.Namespace, world: World) -> tuple[ModelCon
             check_exportable(arguments.norm)
         return (configure(ModelConfig, arguments, vocab=VOCAB),
                 configure(TrainConfig, arguments, processes=world.size))
-    except (ValueError, RuntimeError) as error:
-        raise SystemExit(first_line(error)) from error
+    except ValueError as error:
+        raise SystemExit(str(error)) from error
 
 
 def pretrain(arguments: argparse.Namespace, model: ModelConfig, config: TrainConfig, world: World) -> int:
@@ -193,7 +196,7 @@ def pretrain(arguments: argparse.Namespace, model: ModelConfig, config: TrainCon
                         f"{config.steps}; the same command with --resume goes on", file=sys.stderr)
                     return 128 + received
                 if world.writes:
-                    samples[norm] = list(sample(run, arguments.samples))
+                    samples[norm] = list(sample(run, arguments.samples)) if arguments.samples else []
                     if arguments.export and run.step == config.steps:
                         export(run.model, norm, export_folder(arguments, norm))
             if world.writes:
