@@ -120,6 +120,8 @@ def _wait(pid: int) -> int:
 if __name__ == "__main__":
     sys.path.insert(0, str(EXAMPLES))
     import pretrain
+    import torch._dynamo  # noqa: F401  # which the first step of an optimizer imports: two seconds
+    import torch.fx.experimental.symbolic_shapes  # noqa: F401
 
     pretrain.plot_comparison = lambda logs, path: None  # slow, and drawn in test_example.py
     work = _serve()
