@@ -141,7 +141,8 @@ def main(argv: list[str] | None = None) -> int:
     except RuntimeError as error:
         if world.size == 1 or not is_lost_process(error):
             raise
-        raise SystemExit(f"pretrain.py: process {world.rank} has lost another one: {first_line(error)}") from error
+        reason = first_line(error).split(". ")[0]
+        raise SystemExit(f"pretrain.py: process {world.rank} has lost another one: {reason}") from error
 
 
 def configure_run(arguments: argparse.Namespace, world: World) -> tuple[ModelConfig, TrainConfig]:

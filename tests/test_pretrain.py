@@ -18,7 +18,7 @@ import torch
 pytest.importorskip("matplotlib")
 pytest.importorskip("tqdm")
 
-from pretrain_forks import EXAMPLES, Forks, Started  # noqa: E402
+from pretrain_forks import EXAMPLES, HUNG, Forks, Started  # noqa: E402
 
 sys.path.insert(0, str(EXAMPLES))
 
@@ -80,7 +80,7 @@ def refusal(*arguments: object) -> str:
 
 
 def wait_until(condition: Callable[[], bool], started: Started) -> None:
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + HUNG
     while not condition():
         assert time.monotonic() < deadline, started.output
         time.sleep(0.005)
