@@ -1,7 +1,7 @@
 """examples/pretrain.py in processes of its own, which start in milliseconds: forks of one that has imported it.
 
-As a script it is that one process. A line of its input is a list of arguments, of variables of the environment and a file for the
-output, or a process to wait for; a line of its output is the process that was started, or the status that one ended with.
+As a script it is that one process. A line of its input has arguments, variables of the environment and a file for the
+output, or a process to wait for; a line of its output is the process that was started, or the status that one had.
 """
 
 from __future__ import annotations

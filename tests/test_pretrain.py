@@ -1,4 +1,4 @@
-"""examples/pretrain.py in several processes and in bad times: shared batches, signals, kills, refusals; what it exports."""
+"""examples/pretrain.py in several processes and in bad times: shared batches, signals, kills, refusals; exports."""
 
 from __future__ import annotations
 
@@ -40,10 +40,11 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def tiny(text: Path) -> list[str]:
-    return [
-        *"--layers 2 --dim 32 --heads 4 --kv-heads 2 --seq-len 16 --batch 8 --steps 8 --warmup 2 --lr 1e-2 --refresh 3"
-        " --log-every 1 --eval-every 25 --checkpoint-every 5 --device cpu --samples 0 --norm bhyt --text".split(), str(text)
-    ]  # fmt: skip
+    arguments = (
+        "--layers 2 --dim 32 --heads 4 --kv-heads 2 --seq-len 16 --batch 8 --steps 8 --warmup 2 --lr 1e-2 --refresh 3"
+        " --log-every 1 --eval-every 25 --checkpoint-every 5 --device cpu --samples 0 --norm bhyt --text"
+    )
+    return [*arguments.split(), str(text)]
 
 
 @pytest.fixture(scope="module")
@@ -89,7 +90,8 @@ def wait_until(condition: Callable[[], bool], started: Started) -> None:
 def assert_one_line(output: str, *words: str) -> None:
     """Behind the progress bar, which ends with a line of its own."""
     line = output.splitlines()[-1]
-    assert "Traceback" not in output and line.startswith("pretrain.py: ") and all(word in line for word in words), output
+    assert line.startswith("pretrain.py: ") and all(word in line for word in words), output
+    assert "Traceback" not in output, output
 
 
 # ---- several processes
@@ -102,7 +104,9 @@ def test_torchrun_and_one_process_have_the_same_losses(tmp_path, tiny, forks):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--local-addr", "127.0.0.1",
                "--nproc-per-node", "2", EXAMPLES / "pretrain.py", *tiny, "--out", two]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(list(map(str, command)), cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(
+        list(map(str, command)), cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300
+    )
     assert done.returncode == 0 and "Warning" not in done.stderr, done.stdout + done.stderr
     assert done.stdout.count("comparison.png shows it") == 1 and (two / "comparison.png").exists()
     assert done.stderr.count("bhyt:   0%") == done.stdout.count("unigram entropy") == 1
@@ -113,7 +117,7 @@ def test_torchrun_and_one_process_have_the_same_losses(tmp_path, tiny, forks):
         assert_close(losses(two, norm), losses(one, norm))
 
     longer = [*tiny, "--steps", "60", "--resume"]
-    assert "bhyt: resumed at step 50; for 60 steps instead of 50 the learning rate is" in forks.run(*longer, "--out", two)
+    assert "bhyt: resumed at step 50; for 60 steps instead of 50" in forks.run(*longer, "--out", two)
     first, second = forks.run_ranks(2, *longer, "--out", one)
     assert "rmsnorm: resumed at step 50" in first and second == ""
     for norm in ("bhyt", "rmsnorm"):
@@ -142,7 +146,7 @@ def test_accumulation(tmp_path, tiny, monkeypatch):
 
 
 def test_a_process_that_fails_ends_the_others(tmp_path, tiny, forks):
-    """What one cannot read, all say, once; of one that is killed the others say that it is gone, and the run resumes."""
+    """What one cannot read ends all, in one line; of one that is killed the others say so, and the run resumes."""
     first, second = forks.start_ranks(tiny, [*tiny[:-1], tmp_path / "missing.txt", "--out", tmp_path])
     assert (first.status(), second.status()) == (1, 1)
     assert_one_line(first.output, "text cannot be read", "missing.txt")
@@ -181,8 +185,8 @@ def test_signals_save_and_stop(tmp_path, tiny, forks, ranks, number):
 
 
 def test_killed_runs_go_on(tmp_path, tiny, forks):
-    """SIGKILL twenty times, as it starts, between two records of its log, or while it saves, which it does at every second
-    step: what is left always goes on, and ends with the bits and the log of an undisturbed run."""
+    """SIGKILL twenty times, as it starts, between two records of its log, or while it saves, at every second step: what
+    is left always goes on, and ends with the bits and the log of an undisturbed run."""
     tiny = [*tiny, "--steps", "40", "--checkpoint-every", "2"]
     forks.run(*tiny, "--out", tmp_path / "whole")
     out, moments, kills = tmp_path / "killed", random.Random(17), 0
@@ -217,13 +221,14 @@ def _size(path: Path) -> int:
 
 
 def test_what_is_behind_a_checkpoint_is_forgotten(tmp_path, tiny):
-    """Whole lines and a torn one; a log that is shorter than that is refused, and so is a checkpoint that is no such file."""
+    """Whole lines and a torn one. A log that is shorter than that is refused, and so is what is no checkpoint."""
     pretrain.main([*tiny, "--out", str(tmp_path), "--stop-at", "5"])
     log, checkpoint = tmp_path / "bhyt.jsonl", tmp_path / "bhyt.pt"
     saved = log.read_bytes()
     log.write_bytes(saved + b'{"event": "train", "step": 6}\n{"event": "tra\x00')
     pretrain.main([*tiny, "--out", str(tmp_path), "--resume"])
-    assert log.read_bytes().startswith(saved) and [r["step"] for r in records(log) if r["event"] == "train"] == [*range(1, 9)]
+    assert log.read_bytes().startswith(saved)
+    assert [r["step"] for r in records(log) if r["event"] == "train"] == [*range(1, 9)]
 
     log.write_bytes(saved)
     assert "bhyt.jsonl has" in refusal(*tiny, "--out", tmp_path, "--resume")
@@ -235,7 +240,7 @@ def test_what_is_behind_a_checkpoint_is_forgotten(tmp_path, tiny):
 
 
 def test_more_steps(tmp_path, tiny, capsys):
-    """The learning rate goes on as that of the longer run, which is said and logged; fewer than are done are refused."""
+    """The learning rate goes on as that of the longer run, which is said and logged; fewer than done are refused."""
     pretrain.main([*tiny, "--out", str(tmp_path)])
     pretrain.main([*tiny, "--out", str(tmp_path), "--resume", "--steps", "12"])
     assert "for 12 steps instead of 8 the learning rate is 0.00411 here instead of 0.001" in capsys.readouterr().out
@@ -339,7 +344,8 @@ def test_exported_models_have_the_same_logits(tmp_path, tiny, text, norm, monkey
     assert (actual - expected).abs().max() <= 2e-5 * expected.abs().max()
 
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
-    for line in (text.read_text()[:200], " two  spaces,\ttabs\r\nand lines\n", "naïve 汉字 😀 \x00\x7f\x85", "<|bos|> <s> ##a", ""):
+    odd = " two  spaces,\ttabs\r\nand lines\n", "naïve 汉字 😀 \x00\x7f\x85", "<|bos|> <s> ##a", ""
+    for line in (text.read_text()[:200], *odd):
         assert tokenizer(line)["input_ids"] == [BOS, *line.encode()]
         assert tokenizer.decode([BOS, *line.encode()], skip_special_tokens=True) == line
     assert model.generation_config.bos_token_id == model.generation_config.eos_token_id == tokenizer.bos_token_id == BOS
@@ -351,7 +357,8 @@ def test_samples(tmp_path, tiny, capsys):
     """So many lines per norm, of the seed; none when told so."""
     outputs = []
     for out, count in ("a", "3"), ("b", "3"), ("c", "0"):
-        pretrain.main([*tiny, "--norm", "bhyt", "dyt", "--steps", "2", "--samples", count, "--out", str(tmp_path / out)])
+        more = ["--norm", "bhyt", "dyt", "--steps", "2", "--samples", count, "--out", str(tmp_path / out)]
+        pretrain.main([*tiny, *more])
         outputs.append([line for line in capsys.readouterr().out.splitlines() if " goes on " in line])
     assert outputs[0] == outputs[1] and outputs[2] == []
     assert [line.split()[0] for line in outputs[0]] == ["bhyt"] * 3 + ["dyt"] * 3
