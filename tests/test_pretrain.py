@@ -66,6 +66,12 @@ def losses(out: Path, norm: str = "bhyt") -> dict[tuple[str, int], float]:
     return {(r["event"], r["step"]): r["loss"] for r in records(out / f"{norm}.jsonl") if "loss" in r}
 
 
+def assert_same_gradients(one: Path, other: Path, norm: str = "bhyt") -> None:
+    """Their norms before clipping: the losses hide a wrong scale, for which AdamW does not care."""
+    norms = ([r["grad_norm"] for r in records(out / f"{norm}.jsonl") if r["event"] == "train"] for out in (one, other))
+    assert next(norms) == pytest.approx(next(norms), rel=1e-3)
+
+
 def assert_close(actual: dict, expected: dict) -> None:
     assert actual.keys() == expected.keys()
     for key, loss in expected.items():
@@ -132,6 +138,7 @@ def test_every_norm_and_accumulation_in_two_processes(tmp_path, tiny, forks):
     for norm in BLOCKS:
         assert len(losses(tmp_path / "one", norm)) == 6
         assert_close(losses(tmp_path / "two", norm), losses(tmp_path / "one", norm))
+        assert_same_gradients(tmp_path / "two", tmp_path / "one", norm)
 
 
 def test_accumulation(tmp_path, tiny, monkeypatch):
@@ -143,6 +150,7 @@ def test_accumulation(tmp_path, tiny, monkeypatch):
         pretrain.main([*tiny, "--accumulate", str(accumulate), "--out", str(tmp_path / str(accumulate))])
         assert set(sizes) == {8 // accumulate} and len(sizes) == (8 + 2 * 16) * accumulate
     assert_close(losses(tmp_path / "4"), losses(tmp_path / "1"))
+    assert_same_gradients(tmp_path / "4", tmp_path / "1")
 
 
 def test_a_process_that_fails_ends_the_others(tmp_path, tiny, forks):
@@ -356,9 +364,9 @@ def test_exported_models_have_the_same_logits(tmp_path, tiny, text, norm, monkey
 def test_samples(tmp_path, tiny, capsys):
     """So many lines per norm, of the seed; none when told so."""
     outputs = []
-    for out, count in ("a", "3"), ("b", "3"), ("c", "0"):
+    for out, count in ("a", "3"), ("a", "3"), ("c", "0"):  # the second time it resumes, and trains no more
         more = ["--norm", "bhyt", "dyt", "--steps", "2", "--samples", count, "--out", str(tmp_path / out)]
-        pretrain.main([*tiny, *more])
+        pretrain.main([*tiny, *more, "--resume"])
         outputs.append([line for line in capsys.readouterr().out.splitlines() if " goes on " in line])
     assert outputs[0] == outputs[1] and outputs[2] == []
     assert [line.split()[0] for line in outputs[0]] == ["bhyt"] * 3 + ["dyt"] * 3
