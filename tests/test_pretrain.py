@@ -366,7 +366,7 @@ def test_samples(tmp_path, tiny, capsys):
     outputs = []
     for out, count in ("a", "3"), ("a", "3"), ("c", "0"):  # the second time it resumes, and trains no more
         more = ["--norm", "bhyt", "dyt", "--steps", "2", "--samples", count, "--out", str(tmp_path / out)]
-        pretrain.main([*tiny, *more, "--resume"])
+        assert pretrain.main([*tiny, *more, "--resume"]) == 0
         outputs.append([line for line in capsys.readouterr().out.splitlines() if " goes on " in line])
     assert outputs[0] == outputs[1] and outputs[2] == []
     assert [line.split()[0] for line in outputs[0]] == ["bhyt"] * 3 + ["dyt"] * 3
