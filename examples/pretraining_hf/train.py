@@ -1,0 +1,136 @@
+"""transformers' Trainer on streams of packed sequences: the data's position in its checkpoints, signals, what it prints."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import time
+from pathlib import Path
+from typing import Any, Callable
+
+import torch.distributed as dist
+from torch.utils.data import DataLoader, default_collate
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+
+import bhyt.hf
+from pretraining.distributed import World
+
+from .data import Sequences
+
+POSITION = "data.json"  # in a checkpoint; written last, so that a checkpoint without it is not whole
+
+
+class StreamTrainer(Trainer):
+    """Its batches are those of its own process's streams, which need no sharding and are not read ahead."""
+
+    def get_train_dataloader(self) -> DataLoader:
+        return DataLoader(
+            self.train_dataset, self.args.per_device_train_batch_size, pin_memory=self.args.device.type == "cuda"
+        )
+
+
+class Position(TrainerCallback):
+    """Puts the position of every stream, of all processes, beside what a checkpoint has."""
+
+    def __init__(self, sequences: Sequences, world: World) -> None:
+        self._sequences, self._world = sequences, world
+
+    def on_save(self, args: TrainingArguments, state: Any, control: Any, **_: Any) -> None:
+        parts: list[Any] = [self._sequences.state_dict()] * self._world.size
+        if self._world.size > 1:
+            dist.all_gather_object(parts, parts[0])
+        if self._world.writes:
+            file = Path(args.output_dir, f"checkpoint-{state.global_step}", POSITION)
+            unfinished = file.with_suffix(".tmp")
+            unfinished.write_text(json.dumps([position for part in parts for position in part]))
+            os.replace(unfinished, file)
+
+
+def last_checkpoint(out: Path) -> Path | None:
+    """The newest one that is whole."""
+    whole = [file.parent for file in out.glob(f"checkpoint-*/{POSITION}")]
+    return max(whole, key=lambda folder: int(folder.name.split("-")[1]), default=None)
+
+
+def load_position(checkpoint: Path, sequences: Sequences, world: World) -> None:
+    """Puts this process's streams where they were, however many processes there were."""
+    positions = json.loads((checkpoint / POSITION).read_text())
+    mine = len(positions) // world.size
+    sequences.load_state_dict(positions[world.rank * mine : (world.rank + 1) * mine])
+
+
+class StopOnSignal(TrainerCallback):
+    """Once any process has got a signal, all of them save and stop behind the same step."""
+
+    def __init__(self, received: Callable[[], int], world: World) -> None:
+        """received: the number of the signal that this process has got, or 0."""
+        self._received, self._world, self.stopped_by = received, world, 0
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.stopped_by = self._world.largest(self._received())
+        if self.stopped_by:
+            control.should_save = control.should_training_stop = True
+
+
+class Report(TrainerCallback):
+    """A line per log, with the speed; ends a run whose loss is no number."""
+
+    def __init__(self, tokens_per_step: int, world: World) -> None:
+        self._tokens_per_step, self._world = tokens_per_step, world
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self._since = time.perf_counter(), state.global_step
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any], **_: Any) -> None:
+        line = f"step {state.global_step:,} of {state.max_steps:,}"
+        if "loss" in logs:
+            now = time.perf_counter(), state.global_step
+            speed = (now[1] - self._since[1]) * self._tokens_per_step / max(now[0] - self._since[0], 1e-9)
+            self._since = now
+            line += f": loss {logs['loss']:.4f}, learning rate {logs['learning_rate']:.3g}, {speed:,.0f} tokens/s"
+        elif "eval_loss" in logs:
+            loss = logs["eval_loss"]
+            line += f": held-out loss {loss:.4f}, perplexity {math.exp(min(loss, 700)):.2f}"
+            self._since = time.perf_counter(), state.global_step
+        else:
+            return
+        if self._world.writes:
+            print(line, flush=True)
+        if not math.isfinite(logs.get("loss", 0.0)):  # the mean over all processes: each of them ends here
+            raise SystemExit(f"the loss is {logs['loss']} at step {state.global_step}")
+
+
+def make_trainer(
+    model: Any, arguments: TrainingArguments, sequences: Sequences, evaluation: list[Any], tokenizer: Any, world: World,
+    refresh: int, received: Callable[[], int],
+) -> tuple[StreamTrainer, StopOnSignal]:
+    """
+    Args:
+        refresh: steps between updates of variance offsets; 0: the model has none.
+        received: see StopOnSignal.
+    """  # fmt: skip
+    stop = StopOnSignal(received, world)
+    tokens = arguments.per_device_train_batch_size * arguments.gradient_accumulation_steps * world.size
+    tokens *= len(evaluation[0]["input_ids"])
+    callbacks = [bhyt.hf.refresh_callback(refresh)] if refresh else []
+    trainer = StreamTrainer(
+        model, arguments, data_collator=default_collate, train_dataset=sequences, eval_dataset=evaluation,
+        processing_class=tokenizer, callbacks=[*callbacks, stop, Position(sequences, world), Report(tokens, world)],
+    )  # fmt: skip
+    trainer.remove_callback(PrinterCallback)
+    return trainer, stop
+
+
+def held_out_loss(trainer: StreamTrainer) -> float:
+    """That of the model as it is."""
+    losses = {log["step"]: log["eval_loss"] for log in trainer.state.log_history if "eval_loss" in log}
+    step = trainer.state.global_step
+    return losses[step] if step in losses else trainer.evaluate()["eval_loss"]
+
+
+def save_model(trainer: StreamTrainer, folder: Path) -> None:
+    """Whole weights, config and tokenizer, as AutoModelForCausalLM and AutoTokenizer load them; every process calls it."""
+    if trainer.is_fsdp_enabled:  # checkpoints may be sharded
+        trainer.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
+    trainer.save_model(str(folder))
