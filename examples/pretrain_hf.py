@@ -26,6 +26,8 @@ from itertools import islice
 from typing import Any
 
 try:
+    import accelerate  # noqa: F401  the trainer's
+    import tensorboard  # noqa: F401
     import torch
     from transformers import TrainingArguments, set_seed
     from transformers.utils.logging import disable_progress_bar

@@ -75,7 +75,8 @@ class Source:
             if not isinstance(row.get(self.field), str):
                 raise SystemExit(f"{self.name}: expected a string in the field {self.field!r} (--field), got "
                                  f"{row.get(self.field)!r}; there are {', '.join(row)}")  # fmt: skip
-        return [row[self.field] for row in block]
+        texts = [row[self.field] for row in block]
+        return [text.rstrip("\n") for text in texts] if self.kind == "text" else texts  # a file ends with a newline
 
     def texts(self) -> Iterator[str]:
         """All of them, from the beginning."""
@@ -160,7 +161,10 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenize
 
 def load_tokenizer(place: str) -> PreTrainedTokenizerFast:
     """From a folder or a hub; it needs an end-of-sequence token, which packing puts behind every document."""
-    tokenizer = AutoTokenizer.from_pretrained(place)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(place)
+    except (OSError, ValueError, KeyError) as error:
+        raise SystemExit(f"{place}: cannot be loaded as a tokenizer: {first_line(error)}") from error
     if tokenizer.eos_token_id is None:
         raise SystemExit(f"{place}: the tokenizer has no end-of-sequence token, which separates documents")
     return tokenizer
