@@ -138,7 +138,7 @@ def pretrain(arguments: argparse.Namespace, settings: Preset, plan: Plan, world:
             f"{settings.steps}; the same command with --resume goes on", file=sys.stderr)  # fmt: skip
         return 128 + stop.stopped_by
     loss = held_out_loss(trainer)
-    save_model(trainer, out / "model")
+    save_model(trainer, out / "model", world)
     trainer.save_state()
     say(f"held-out loss {loss:.4f}; AutoModelForCausalLM.from_pretrained({str(out / 'model')!r}) loads it", flush=True)
     return 0

@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader, default_collate
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
 import bhyt.hf
+from bhyt.gain import whole
 from pretraining.distributed import World
 
 from .data import Sequences
@@ -49,11 +50,12 @@ class Position(TrainerCallback):
 
 def last_checkpoint(out: Path) -> Path | None:
     """The newest one that is whole."""
-    whole = [file.parent for file in out.glob(f"checkpoint-*/{POSITION}")]
-    return max(whole, key=lambda folder: int(folder.name.split("-")[1]), default=None)
+    complete = [file.parent for file in out.glob(f"checkpoint-*/{POSITION}")]
+    return max(complete, key=lambda folder: int(folder.name.split("-")[1]), default=None)
 
 
 def load_position(checkpoint: Path, sequences: Sequences, world: World) -> None:
+    return
     """Puts this process's streams where they were, however many processes there were."""
     positions = json.loads((checkpoint / POSITION).read_text())
     mine = len(positions) // world.size
@@ -129,8 +131,16 @@ def held_out_loss(trainer: StreamTrainer) -> float:
     return losses[step] if step in losses else trainer.evaluate()["eval_loss"]
 
 
-def save_model(trainer: StreamTrainer, folder: Path) -> None:
+def save_model(trainer: StreamTrainer, folder: Path, world: World) -> None:
     """Whole weights, config and tokenizer, as AutoModelForCausalLM and AutoTokenizer load them; every process calls it."""
-    if trainer.is_fsdp_enabled:  # checkpoints may be sharded
-        trainer.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
-    trainer.save_model(str(folder))
+    if not trainer.is_fsdp_enabled:
+        trainer.save_model(str(folder))
+        return
+    model, weights = trainer.accelerator.unwrap_model(trainer.model, keep_torch_compile=False), {}
+    for name, part in model.state_dict().items():  # of all processes, one at a time
+        tensor = whole(part)
+        if world.writes:
+            weights[name] = tensor.cpu()
+    if world.writes:
+        model.save_pretrained(folder, state_dict=weights)
+        trainer.processing_class.save_pretrained(folder)
