@@ -38,7 +38,7 @@ try:
     from pretraining_hf.folder import checked_tokenizer, claim, ensure_tokenizer, note_run
     from pretraining_hf.plan import Plan, build_model, checkpoint_activations
     from pretraining_hf.presets import PRESETS, Preset
-    from pretraining_hf.train import held_out_loss, last_checkpoint, load_position, make_trainer, save_model
+    from pretraining_hf.train import last_checkpoint, load_position, make_trainer, save_model
 except ModuleNotFoundError as error:
     if error.name not in {"accelerate", "bhyt", "datasets", "tensorboard", "tokenizers", "torch", "transformers"}:
         raise
@@ -137,7 +137,7 @@ def pretrain(arguments: argparse.Namespace, settings: Preset, plan: Plan, world:
         say(f"pretrain_hf.py: {signal.Signals(stop.stopped_by).name}: saved at step {trainer.state.global_step} of "
             f"{settings.steps}; the same command with --resume goes on", file=sys.stderr)  # fmt: skip
         return 128 + stop.stopped_by
-    loss = held_out_loss(trainer)
+    loss = trainer.evaluate()["eval_loss"]  # of the model that is saved: its offsets have been refreshed
     save_model(trainer, out / "model", world)
     trainer.save_state()
     say(f"held-out loss {loss:.4f}; AutoModelForCausalLM.from_pretrained({str(out / 'model')!r}) loads it", flush=True)

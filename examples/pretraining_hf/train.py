@@ -124,23 +124,17 @@ def make_trainer(
     return trainer, stop
 
 
-def held_out_loss(trainer: StreamTrainer) -> float:
-    """That of the model as it is."""
-    losses = {log["step"]: log["eval_loss"] for log in trainer.state.log_history if "eval_loss" in log}
-    step = trainer.state.global_step
-    return losses[step] if step in losses else trainer.evaluate()["eval_loss"]
-
-
 def save_model(trainer: StreamTrainer, folder: Path, world: World) -> None:
     """Whole weights, config and tokenizer, as AutoModelForCausalLM and AutoTokenizer load them; every process calls it."""
     if not trainer.is_fsdp_enabled:
         trainer.save_model(str(folder))
         return
     model, weights = trainer.accelerator.unwrap_model(trainer.model, keep_torch_compile=False), {}
-    for name, part in model.state_dict().items():  # of all processes, one at a time
-        tensor = whole(part)
+    once: dict[int, Any] = {}  # tied weights stay one tensor
+    for name, part in model.state_dict(keep_vars=True).items():  # of all processes, one at a time
+        tensor = whole(part.detach())
         if world.writes:
-            weights[name] = tensor.cpu()
+            weights[name] = once.setdefault(id(part), tensor.cpu())
     if world.writes:
         model.save_pretrained(folder, state_dict=weights)
         trainer.processing_class.save_pretrained(folder)
