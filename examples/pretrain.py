@@ -13,7 +13,8 @@ the layer is used is in pretraining/norms.py (`BlockBHyT`), the decoder around i
 
 Ctrl-C and SIGTERM save and stop; --resume goes on from there, or from the last checkpoint if the process was killed,
 with any number of processes. The learning rate follows from the step and --steps: with more --steps than before it
-goes on as that of the longer run, which is said and logged. Nothing is overwritten unless --overwrite says so.
+goes on as that of the longer run, which is said and logged. Nothing is overwritten unless --overwrite says so. What
+ends a run early is one line; under torchrun the launcher adds a report of its own.
 """
 
 from __future__ import annotations
@@ -72,7 +73,8 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     existing = parser.add_mutually_exclusive_group()
     existing.add_argument("--resume", action="store_true",
                           help="go on from the checkpoints in --out, where there are any")
-    existing.add_argument("--overwrite", action="store_true", help="start anew, though --out has results of these norms")
+    existing.add_argument("--overwrite", action="store_true",
+                          help="start anew, though --out has results of these norms")
     parser.add_argument("--stop-at", type=int, metavar="STEP",
                         help="save and stop at this step; --resume goes on")
 
@@ -86,7 +88,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     train = parser.add_argument_group("training")
     _add(train, "--steps", 600, "optimiser steps")
     _add(train, "--batch", 8, "sequences per step, of all processes together")
-    _add(train, "--accumulate", 1, "parts that a process computes its share of the batch in: less memory, the same losses")
+    _add(train, "--accumulate", 1, "parts in which a process computes its share of a batch: less memory, same losses")
     _add(train, "--lr", 5e-3, "peak learning rate, after the warmup and before the cosine")
     _add(train, "--warmup", 50, "warmup steps")
     _add(train, "--weight-decay", 0.1, "of the matrices; gains and lambdas have none")
@@ -106,7 +108,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     _add(reports, "--checkpoint-every", 200, "steps between checkpoints; the last step always has one")
     _add(reports, "--samples", 2, "places of the held-out text from which each model goes on; 0: none")
     reports.add_argument("--export", type=Path, metavar="DIR",
-                         help="write the trained model as a folder that AutoModelForCausalLM loads, with its tokenizer; "
+                         help="write the trained model and its tokenizer as a folder that AutoModelForCausalLM loads; "
                               f"of several norms, folders in DIR ({', '.join(EXPORTABLE)})")
     arguments = parser.parse_args(argv)
     arguments.norm = list(BLOCKS) if "all" in arguments.norm else list(dict.fromkeys(arguments.norm))
@@ -134,14 +136,16 @@ def main(argv: list[str] | None = None) -> int:
     except (SystemExit, OSError) as error:  # every process comes here with the same words
         raise SystemExit(f"pretrain.py: {error}" if world.writes else 1) from error
     except KeyboardInterrupt:  # not in training, which would save
-        print("pretrain.py: interrupted", file=sys.stderr)
+        if world.writes:
+            print("pretrain.py: interrupted", file=sys.stderr)
         return 128 + signal.SIGINT
     except torch.OutOfMemoryError as error:
         raise SystemExit(f"pretrain.py: {first_line(error)} Try a larger --accumulate.") from error
     except RuntimeError as error:
         if world.size == 1 or not is_lost_process(error):
             raise
-        raise SystemExit(f"pretrain.py: process {world.rank} has lost another one: {first_line(error)}") from error
+        reason = first_line(error).split(". ")[0]
+        raise SystemExit(f"pretrain.py: process {world.rank} has lost another one: {reason}") from error
 
 
 def configure_run(arguments: argparse.Namespace, world: World) -> tuple[ModelConfig, TrainConfig]:
@@ -151,6 +155,9 @@ def configure_run(arguments: argparse.Namespace, world: World) -> tuple[ModelCon
     """
     try:
         torch.device(arguments.device)
+    except RuntimeError as error:
+        raise SystemExit(f"--device {arguments.device}: {first_line(error)}") from error
+    try:
         if arguments.stop_at is not None and arguments.stop_at < 1:
             raise ValueError(f"stop-at must be at least 1, got {arguments.stop_at}")
         if arguments.samples < 0:
@@ -159,8 +166,8 @@ def configure_run(arguments: argparse.Namespace, world: World) -> tuple[ModelCon
             check_exportable(arguments.norm)
         return (configure(ModelConfig, arguments, vocab=VOCAB),
                 configure(TrainConfig, arguments, processes=world.size))
-    except (ValueError, RuntimeError) as error:
-        raise SystemExit(first_line(error)) from error
+    except ValueError as error:
+        raise SystemExit(str(error)) from error
 
 
 def pretrain(arguments: argparse.Namespace, model: ModelConfig, config: TrainConfig, world: World) -> int:
@@ -193,9 +200,11 @@ def pretrain(arguments: argparse.Namespace, model: ModelConfig, config: TrainCon
                         f"{config.steps}; the same command with --resume goes on", file=sys.stderr)
                     return 128 + received
                 if world.writes:
-                    samples[norm] = list(sample(run, arguments.samples))
+                    samples[norm] = list(sample(run, arguments.samples)) if arguments.samples else []
                     if arguments.export and run.step == config.steps:
                         export(run.model, norm, export_folder(arguments, norm))
+                    elif arguments.export:
+                        print(f"{norm}: not exported at step {run.step} of {config.steps}", flush=True)
             if world.writes:
                 logs[norm] = read_log(run.files.log)
 

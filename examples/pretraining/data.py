@@ -45,7 +45,10 @@ class Corpus:
 
 def load_corpus(paths: list[Path], seq_len: int) -> Corpus:
     """Every 20th document is held out; of fewer than 20 documents, the last 5 % of each."""
-    documents = list(_documents(paths) if paths else _standard_library())
+    try:
+        documents = list(_documents(paths) if paths else _standard_library())
+    except OSError as error:
+        raise SystemExit(f"text cannot be read: {error}") from error
     if len(documents) >= HELD_OUT:
         train = [text for i, text in enumerate(documents) if i % HELD_OUT != HELD_OUT - 1]
         valid = documents[HELD_OUT - 1 :: HELD_OUT]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 import os
 import signal
 from dataclasses import dataclass
@@ -36,7 +37,10 @@ class World:
 
         Buffers are left alone: BHyT's offsets follow from the weights, in every process alike.
         """
-        return model if self.size == 1 else DistributedDataParallel(model, broadcast_buffers=False)
+        if self.size == 1:
+            return model
+        renamed = "forward_sync_buffers" in inspect.signature(DistributedDataParallel).parameters  # in torch 2.13
+        return DistributedDataParallel(model, **{"forward_sync_buffers" if renamed else "broadcast_buffers": False})
 
     def sum(self, number: float) -> float:
         return self._reduce(number, dist.ReduceOp.SUM)

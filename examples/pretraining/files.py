@@ -78,7 +78,8 @@ class RunFiles:
             raise SystemExit(f"{self.checkpoint} is no checkpoint of this version: it lacks some of {sorted(PARTS)}")
         length = self.log.stat().st_size if self.log.exists() else 0
         if length < state["log_bytes"]:
-            raise SystemExit(f"{self.log} has {length} bytes; {self.checkpoint} was saved when it had {state['log_bytes']}")
+            had = state["log_bytes"]
+            raise SystemExit(f"{self.log} has {length} bytes; {self.checkpoint} was saved when it had {had}")
         return state
 
     def shorten_log(self, length: int) -> None:

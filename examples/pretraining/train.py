@@ -62,7 +62,8 @@ class TrainConfig:
             raise ValueError(f"clip must be positive (inf: none), got {self.clip}")
         if self.batch % (self.processes * self.accumulate):
             raise ValueError(
-                f"batch must be a multiple of {self.processes} processes * accumulate {self.accumulate}, got {self.batch}"
+                f"batch must be a multiple of {self.processes} processes * accumulate {self.accumulate}, "
+                f"got {self.batch}"
             )
 
     @property

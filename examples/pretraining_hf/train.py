@@ -55,7 +55,6 @@ def last_checkpoint(out: Path) -> Path | None:
 
 
 def load_position(checkpoint: Path, sequences: Sequences, world: World) -> None:
-    return
     """Puts this process's streams where they were, however many processes there were."""
     positions = json.loads((checkpoint / POSITION).read_text())
     mine = len(positions) // world.size
