@@ -38,7 +38,7 @@ try:
     from pretraining_hf.folder import checked_tokenizer, claim, ensure_tokenizer, note_run
     from pretraining_hf.plan import Plan, build_model, checkpoint_activations
     from pretraining_hf.presets import PRESETS, Preset
-    from pretraining_hf.train import last_checkpoint, load_position, make_trainer, save_model
+    from pretraining_hf.train import last_checkpoint, load_position, make_trainer, save_model, step_of
 except ModuleNotFoundError as error:
     if error.name not in {"accelerate", "bhyt", "datasets", "tensorboard", "tokenizers", "torch", "transformers"}:
         raise
@@ -115,7 +115,10 @@ def pretrain(arguments: argparse.Namespace, settings: Preset, plan: Plan, world:
         evaluation(eval_texts, tokenizer, settings.seq_len, settings.eval_sequences), streams))  # fmt: skip
     checkpoint = world.from_writer(lambda: last_checkpoint(out) if arguments.resume else None)
     if checkpoint:
+        if step_of(checkpoint) > settings.steps:
+            raise SystemExit(f"--steps: {checkpoint} has gone beyond {settings.steps}")
         load_position(checkpoint, sequences, world)
+        sequences.ended = step_of(checkpoint) == settings.steps  # the trainer would make one step more
     world.together(sequences.state_dict)  # the first documents are read, if they can be
 
     say("\n    ".join([f"{source.name} in {streams} stream(s), {len(held_out_sequences)} held-out sequences, "

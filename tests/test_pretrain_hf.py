@@ -126,6 +126,13 @@ def test_resume_has_the_bits_of_a_run_without_pause(corpus: Path, whole: Path, t
     one, other = (transformers.AutoModelForCausalLM.from_pretrained(path / "model").state_dict() for path in (out, whole))
     assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
 
+    shutil.rmtree(out / "model")  # killed behind its last step: what is left to do is done, and no step more
+    assert run(corpus, out, "--resume") == 0
+    again = transformers.AutoModelForCausalLM.from_pretrained(out / "model").state_dict()
+    assert all(torch.equal(one[name], again[name]) for name in one)
+    with pytest.raises(SystemExit, match="--steps: .*checkpoint-9 has gone beyond 8"):
+        run(corpus, out, "--resume", "--steps", "8")
+
 
 def test_the_model_that_is_left(corpus: Path, whole: Path) -> None:
     """The Auto classes load it; its loss on the held-out text is what was reported, and less than in the beginning."""
@@ -318,7 +325,9 @@ def test_memory_is_counted() -> None:
             kept.pop(parameter.untyped_storage().data_ptr(), None)
         saved = sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
         # Without storage a mask is made, and with it keys are repeated for the heads that share them.
-        assert saved <= sum(plan.saved(checkpointing)) < 1.1 * saved < plan.activations(), (bf16, checkpointing)
+        assert saved <= sum(plan.saved(checkpointing)) < 1.1 * saved, (bf16, checkpointing)
+        layer = (sum(plan.saved(False)) - sum(plan.saved(checkpointing))) / 4  # is computed again; its gradients are not counted
+        assert plan.activations() == sum(plan.saved(checkpointing)) + layer + max(plan.saved(checkpointing))
     totals = {}
     for strategy in ("ddp", "fsdp2", "zero1", "zero2", "zero3"):
         plan = Plan(shape, **settings, devices=2, strategy=strategy, bf16=True, checkpointing=False)

@@ -261,9 +261,10 @@ class Sequences(torch.utils.data.IterableDataset):
     def __init__(self, streams: list[Stream], on_epoch: Callable[[int], None] = lambda epoch: None) -> None:
         """on_epoch: told when the text begins anew."""
         self.streams, self._on_epoch, self._epoch = streams, on_epoch, 0
+        self.ended = False  # nothing more is trained on
 
     def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
-        while True:
+        while not self.ended:
             for stream in self.streams:
                 yield example(next(stream))
                 if stream.epoch > self._epoch:

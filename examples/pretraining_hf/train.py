@@ -51,7 +51,11 @@ class Position(TrainerCallback):
 def last_checkpoint(out: Path) -> Path | None:
     """The newest one that is whole."""
     complete = [file.parent for file in out.glob(f"checkpoint-*/{POSITION}")]
-    return max(complete, key=lambda folder: int(folder.name.split("-")[1]), default=None)
+    return max(complete, key=step_of, default=None)
+
+
+def step_of(checkpoint: Path) -> int:
+    return int(checkpoint.name.removeprefix("checkpoint-"))
 
 
 def load_position(checkpoint: Path, sequences: Sequences, world: World) -> None:
