@@ -3,15 +3,15 @@ r"""Pretrains a Llama with BHyT, or RMSNorm, with transformers' Trainer: one CPU
     pip install ".[pretrain]"
     python examples/pretrain_hf.py                             a tiny model on Python's own sources, minutes on a CPU
     python examples/pretrain_hf.py --dry-run --devices 8       what every preset would be, on 8 devices; trains nothing
-    torchrun --nproc-per-node 8 examples/pretrain_hf.py --preset 374m --data allenai/c4 --data-config en --bf16 --compile
+    torchrun --nproc-per-node 8 examples/pretrain_hf.py --preset 374m --data allenai/c4 --data-config en --bf16
     torchrun .. examples/pretrain_hf.py --preset 1b --fsdp examples/pretraining_hf/fsdp2.json --data shards/ --bf16
 
-Documents are JSON lines or Parquet (a field of text), plain text (separated by blank lines), or a data set on a hub, all
-streamed; each has an end-of-sequence token behind it, and sequences are cut from the row of them, without padding. A
+Documents are JSON lines or Parquet (a field of text), plain text (separated by blank lines), or a data set on a hub,
+all streamed; each has an end-of-sequence token behind it, and sequences are cut from the row, without padding. A
 document is held out or trained on by a hash of its text, so that no held-out text is trained on, wherever it stands.
 
-Ctrl-C and SIGTERM save and stop; --resume goes on with the batches that would have come, with any number of processes that
-divides --streams. Nothing is overwritten unless --overwrite says so. The trained model lies in OUT/model.
+Ctrl-C and SIGTERM save and stop; --resume goes on with the batches that would have come, with any number of processes
+that divides --streams. Nothing is overwritten unless --overwrite says so. The trained model lies in OUT/model.
 """
 
 from __future__ import annotations
@@ -51,7 +51,9 @@ def main(argv: list[str] | None = None) -> int:
     arguments = parse_arguments(argv, __doc__)
     try:
         presets = [arguments.preset] if arguments.preset else list(PRESETS) if arguments.dry_run else ["tiny"]
-        plans = {name: plan_of(arguments, settings_of(arguments, name), arguments.devices or world.size) for name in presets}
+        plans = {
+            name: plan_of(arguments, settings_of(arguments, name), arguments.devices or world.size) for name in presets
+        }
         if arguments.dry_run:
             if world.writes:
                 for name, plan in plans.items():
@@ -83,8 +85,8 @@ def device_of(arguments: argparse.Namespace, world: World) -> str:
         return "cpu"
     if world.size == 1 and torch.cuda.device_count() > 1 and "LOCAL_RANK" not in os.environ:
         count = torch.cuda.device_count()
-        raise SystemExit(f"{count} GPUs: start a process for each with torchrun --nproc-per-node {count}, or show one of "
-                         "them with CUDA_VISIBLE_DEVICES=0")  # fmt: skip
+        raise SystemExit(f"{count} GPUs: start a process for each with torchrun --nproc-per-node {count}, or show one "
+                         "of them with CUDA_VISIBLE_DEVICES=0")  # fmt: skip
     device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
     torch.cuda.set_device(device)
     return device
@@ -122,7 +124,8 @@ def pretrain(arguments: argparse.Namespace, settings: Preset, plan: Plan, world:
     world.together(sequences.state_dict)  # the first documents are read, if they can be
 
     say("\n    ".join([f"{source.name} in {streams} stream(s), {len(held_out_sequences)} held-out sequences, "
-                       f"{len(tokenizer):,} tokens; on {world.size} x {device}", *plan.lines()]), flush=True)  # fmt: skip
+                       f"{len(tokenizer):,} tokens; on {world.size} x {device}", *plan.lines()]),
+        flush=True)  # fmt: skip
     set_seed(arguments.seed)
     ends = dict(bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id)
     model = build_model({**settings.shape, **ends}, plan.norm, settings.seq_len, plan.exact_layers)
@@ -132,7 +135,8 @@ def pretrain(arguments: argparse.Namespace, settings: Preset, plan: Plan, world:
     training = training_arguments(arguments, settings, plan, len(held_out_sequences) // world.size, device)
     with Signals(world) as signals:
         trainer, stop = make_trainer(model, training, sequences, held_out_sequences, tokenizer, world,
-                                     arguments.refresh if plan.norm == "bhyt" else 0, lambda: signals.received)  # fmt: skip
+                                     arguments.refresh if plan.norm == "bhyt" else 0,
+                                     lambda: signals.received)  # fmt: skip
         if checkpoint:
             say(f"resumes {checkpoint.name}", flush=True)
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
@@ -154,7 +158,9 @@ def documents(arguments: argparse.Namespace, settings: Preset) -> tuple[Source, 
         held_out = HeldOut(settings.held_out)
         return source, held_out, (text for text in source.texts() if text in held_out)
     other = Source(arguments.eval_data, arguments.field, arguments.data_config, arguments.eval_split)
-    texts = list(islice(other.texts(), 100 * settings.eval_sequences))  # a document has a hundredth of a sequence at least
+    texts = list(
+        islice(other.texts(), 100 * settings.eval_sequences)
+    )  # a document has a hundredth of a sequence at least
     return source, HeldOut(0.0, texts), texts
 
 
@@ -167,9 +173,10 @@ def training_arguments(
     return TrainingArguments(
         str(arguments.out), max_steps=settings.steps, per_device_train_batch_size=plan.micro_batch,
         gradient_accumulation_steps=plan.accumulation, learning_rate=settings.lr, warmup_steps=settings.warmup,
-        lr_scheduler_type="cosine_with_min_lr", lr_scheduler_kwargs={"min_lr_rate": 0.1}, weight_decay=settings.weight_decay,
-        adam_beta1=0.9, adam_beta2=settings.beta2, max_grad_norm=settings.clip, seed=arguments.seed, bf16=arguments.bf16,
-        torch_compile=arguments.compile, use_cpu=device == "cpu", ignore_data_skip=True, prediction_loss_only=True,
+        lr_scheduler_type="cosine_with_min_lr", lr_scheduler_kwargs={"min_lr_rate": 0.1},
+        weight_decay=settings.weight_decay, adam_beta1=0.9, adam_beta2=settings.beta2, max_grad_norm=settings.clip,
+        seed=arguments.seed, bf16=arguments.bf16, torch_compile=arguments.compile, use_cpu=device == "cpu",
+        ignore_data_skip=True, prediction_loss_only=True,
         per_device_eval_batch_size=max(n for n in range(1, plan.micro_batch + 1) if eval_share % n == 0),
         eval_strategy="steps", eval_steps=arguments.eval_every or often, save_steps=arguments.save_every or often,
         save_total_limit=arguments.keep, logging_steps=arguments.log_every, logging_nan_inf_filter=False,

@@ -1,5 +1,5 @@
-"""examples/pretrain_hf.py in miniature: two processes train what one trains, are stopped, go on; packing, streams, what is
-held out, the plan, and what is refused."""
+"""examples/pretrain_hf.py in miniature: two processes train what one trains, are stopped, go on; packing, streams, what
+is held out, the plan, and what is refused."""
 
 import itertools
 import json
@@ -25,21 +25,29 @@ import datasets  # noqa: E402
 import numpy as np  # noqa: E402
 import pretrain_hf  # noqa: E402
 import transformers  # noqa: E402
+from pages import blocks  # noqa: E402
+
+import bhyt  # noqa: E402
 from pretraining.distributed import World  # noqa: E402
 from pretraining_hf import data as data_module  # noqa: E402
 from pretraining_hf.data import (  # noqa: E402
-    HeldOut, Sequences, Source, Stream, evaluation, example, load_tokenizer, pack, tokens_of, train_tokenizer,
+    HeldOut,
+    Sequences,
+    Source,
+    Stream,
+    evaluation,
+    example,
+    pack,
+    tokens_of,
+    train_tokenizer,
 )  # fmt: skip
 from pretraining_hf.plan import Plan, build_model, checkpoint_activations  # noqa: E402
 from pretraining_hf.presets import PRESETS  # noqa: E402
 from pretraining_hf.train import StreamTrainer, load_position  # noqa: E402
 
-import bhyt  # noqa: E402
-from pages import blocks  # noqa: E402
-
 TINY = (
-    "--steps 9 --batch 8 --seq-len 48 --warmup 2 --vocab-size 512 --eval-sequences 16 --streams 2 --refresh 2 --log-every 1 "
-    "--eval-every 3 --save-every 3 --keep 9 --cpu"
+    "--steps 9 --batch 8 --seq-len 48 --warmup 2 --vocab-size 512 --eval-sequences 16 --streams 2 --refresh 2 "
+    "--log-every 1 --eval-every 3 --save-every 3 --keep 9 --cpu"
 ).split()
 
 
@@ -57,7 +65,9 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     if sample.exists():
         lines = sample.read_text().splitlines()[:400]
     else:
-        lines = [json.dumps({"text": row["text"][:2000]}) for row in itertools.islice(data_module._python_sources(), 400)]
+        lines = [
+            json.dumps({"text": row["text"][:2000]}) for row in itertools.islice(data_module._python_sources(), 400)
+        ]
     path = tmp_path_factory.mktemp("corpus") / "corpus.jsonl"
     path.write_text("\n".join(lines) + "\n")
     return path
@@ -70,7 +80,9 @@ def run(corpus: Path, out: Path, *more: str) -> int:
 def history(out: Path) -> list[tuple[int, str, float]]:
     """(step, what, how much) of all losses and learning rates."""
     logs = json.loads((out / "trainer_state.json").read_text())["log_history"]
-    return [(log["step"], name, log[name]) for log in logs for name in ("loss", "learning_rate", "eval_loss") if name in log]
+    return [
+        (log["step"], name, log[name]) for log in logs for name in ("loss", "learning_rate", "eval_loss") if name in log
+    ]
 
 
 def assert_same_losses(actual: Path, expected: Path, tolerance: float) -> None:
@@ -89,12 +101,14 @@ def whole(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.slow
 def test_two_processes_stopped_and_resumed(corpus: Path, whole: Path, tmp_path: Path) -> None:
-    """torchrun gets SIGTERM: both processes save and end in one line. One process goes on from there, and all losses are
-    those of one process without a pause to 1e-4. USERS row 26."""
+    """torchrun gets SIGTERM: both processes save and end in one line. One process goes on from there, and all losses
+    are those of one process without a pause to 1e-4. USERS row 26."""
     out = tmp_path / "out"
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     command += [str(ROOT / "examples" / "pretrain_hf.py"), *TINY, "--data", str(corpus), "--out", str(out)]
-    environment = dict(os.environ, OMP_NUM_THREADS="1", PATH="/usr/bin:/bin")  # another folder; no python of ours on the path
+    environment = dict(
+        os.environ, OMP_NUM_THREADS="1", PATH="/usr/bin:/bin"
+    )  # another folder; no python of ours on the path
     process = subprocess.Popen(
         command, cwd=tmp_path, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
     )
@@ -114,7 +128,7 @@ def test_two_processes_stopped_and_resumed(corpus: Path, whole: Path, tmp_path: 
 
 
 def test_resume_has_the_bits_of_a_run_without_pause(corpus: Path, whole: Path, tmp_path: Path) -> None:
-    """From a checkpoint between two refreshes, with another split into micro-batches; one that is not whole is passed over."""
+    """From a checkpoint between two refreshes, with a newer one that is not whole passed over."""
     out = tmp_path / "out"
     shutil.copytree(whole, out)
     for name in ("model", "checkpoint-9"):
@@ -123,7 +137,9 @@ def test_resume_has_the_bits_of_a_run_without_pause(corpus: Path, whole: Path, t
     (out / "checkpoint-6" / "data.json").unlink()
     assert run(corpus, out, "--resume") == 0
     assert_same_losses(out, whole, 0)
-    one, other = (transformers.AutoModelForCausalLM.from_pretrained(path / "model").state_dict() for path in (out, whole))
+    one, other = (
+        transformers.AutoModelForCausalLM.from_pretrained(path / "model").state_dict() for path in (out, whole)
+    )
     assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
 
     shutil.rmtree(out / "model")  # killed behind its last step: what is left to do is done, and no step more
@@ -152,11 +168,20 @@ def test_the_model_that_is_left(corpus: Path, whole: Path) -> None:
 
 
 def test_bfloat16_and_accumulation(corpus: Path, tmp_path: Path) -> None:
-    """Exact sites, activations computed again: the loss of the whole batch is that of its parts, and weights stay float32."""
+    """Exact sites, activations computed again: the loss of a batch is that of its parts; weights stay float32."""
     losses = []
     for micro_batch in ("8", "2"):
         out = tmp_path / micro_batch
-        options = ["--norm", "bhyt-exact", "--steps", "2", "--bf16", "--checkpoint-activations", "--micro-batch", micro_batch]
+        options = [
+            "--norm",
+            "bhyt-exact",
+            "--steps",
+            "2",
+            "--bf16",
+            "--checkpoint-activations",
+            "--micro-batch",
+            micro_batch,
+        ]
         assert run(corpus, out, *options, "--eval-every", "2") == 0
         losses.append([value for _, name, value in history(out) if name.endswith("loss")])
     assert losses[0] == pytest.approx(losses[1], abs=2e-3)  # bfloat16 rounds other sums
@@ -173,7 +198,9 @@ def test_norms() -> None:
     assert sites_of(build_model(shape, "rmsnorm", 32)) == []
     assert sites_of(build_model(shape, "bhyt-exact", 32)) == [bhyt.BHyT] * 8
     assert sites_of(build_model(shape, "bhyt", 32)) == [bhyt.BHyT, bhyt.BHyTApprox] * 4
-    assert sites_of(build_model(shape, "bhyt", 32, exact_layers=1)) == [bhyt.BHyT] * 2 + [bhyt.BHyT, bhyt.BHyTApprox] * 3
+    assert (
+        sites_of(build_model(shape, "bhyt", 32, exact_layers=1)) == [bhyt.BHyT] * 2 + [bhyt.BHyT, bhyt.BHyTApprox] * 3
+    )
 
 
 def test_more_processes_go_on(corpus: Path, tokenizer: Any, tmp_path: Path) -> None:
@@ -229,8 +256,8 @@ def taken(stream: Stream, count: int) -> list[list[int]]:
 
 @pytest.mark.parametrize("kind, streams", (("jsonl", 2), ("jsonl", 3), ("parquet", 3), ("txt", 1)))
 def test_streams(kind: str, streams: int, tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each epoch of all streams together has every document that is not held out once, in an order of its own; a stream goes
-    on from any of its positions, whether files are shared out whole or not, across blocks and epochs."""
+    """Each epoch of all streams together has every document that is not held out once, in an order of its own; a stream
+    goes on from any of its positions, whether files are shared out whole or not, across blocks and epochs."""
     monkeypatch.setattr(data_module, "BLOCK", 7)
     texts = [f"document {i} has {i * i} words" for i in range(60)]
     held_out = HeldOut(texts=texts[::10])
@@ -272,7 +299,9 @@ def test_held_out_text_is_not_trained_on(tmp_path: Path) -> None:
     path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     other.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts[100:103]))
     for options, expected in (([], None), (["--eval-data", str(other)], texts[100:103])):
-        arguments = pretrain_hf.parse_arguments(["--data", str(path), "--eval-split", "train", *options], pretrain_hf.__doc__)
+        arguments = pretrain_hf.parse_arguments(
+            ["--data", str(path), "--eval-split", "train", *options], pretrain_hf.__doc__
+        )
         source, held_out, to_evaluate = pretrain_hf.documents(arguments, PRESETS["tiny"])
         to_evaluate, trained_on = list(to_evaluate), [text for text in source.texts() if text not in held_out]
         assert set(to_evaluate).isdisjoint(trained_on) and sorted([*to_evaluate, *trained_on]) == sorted(texts)
@@ -283,7 +312,9 @@ def test_held_out_text_is_not_trained_on(tmp_path: Path) -> None:
 
 
 def parameters_by_hand(shape: dict[str, Any]) -> int:
-    d, layers, ffn, vocabulary = (shape[name] for name in ("hidden_size", "num_hidden_layers", "intermediate_size", "vocab_size"))
+    d, layers, ffn, vocabulary = (
+        shape[name] for name in ("hidden_size", "num_hidden_layers", "intermediate_size", "vocab_size")
+    )
     kv = d * shape["num_key_value_heads"] // shape["num_attention_heads"]
     layer = 2 * d * d + 2 * d * kv + 3 * d * ffn + 2 * (d + 1)  # two sites: a gain and a lam
     return vocabulary * d * (1 if shape["tie_word_embeddings"] else 2) + layers * layer + d
@@ -304,8 +335,11 @@ def test_dry_run(capsys: pytest.CaptureFixture) -> None:
 
 
 def test_memory_is_counted() -> None:
-    """Activations are the bytes that a real forward saves, to a tenth; weights and the optimiser's numbers follow from the strategy."""
-    shape, settings = PRESETS["tiny"].shape, dict(norm="bhyt", exact_layers=0, seq_len=32, batch=8, micro_batch=4, steps=1)
+    """Activations are the bytes that a real forward saves, to a tenth; the rest follows from the strategy."""
+    shape, settings = (
+        PRESETS["tiny"].shape,
+        dict(norm="bhyt", exact_layers=0, seq_len=32, batch=8, micro_batch=4, steps=1),
+    )
     count = parameters_by_hand(shape)
     for bf16, checkpointing in ((False, False), (True, False), (False, True)):
         plan = Plan(shape, **settings, devices=2, strategy="ddp", bf16=bf16, checkpointing=checkpointing)
@@ -326,13 +360,17 @@ def test_memory_is_counted() -> None:
         saved = sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
         # Without storage a mask is made, and with it keys are repeated for the heads that share them.
         assert saved <= sum(plan.saved(checkpointing)) < 1.1 * saved, (bf16, checkpointing)
-        layer = (sum(plan.saved(False)) - sum(plan.saved(checkpointing))) / 4  # is computed again; its gradients are not counted
+        layer = (
+            sum(plan.saved(False)) - sum(plan.saved(checkpointing))
+        ) / 4  # is computed again; its gradients are not counted
         assert plan.activations() == sum(plan.saved(checkpointing)) + layer + max(plan.saved(checkpointing))
     totals = {}
     for strategy in ("ddp", "fsdp2", "zero1", "zero2", "zero3"):
         plan = Plan(shape, **settings, devices=2, strategy=strategy, bf16=True, checkpointing=False)
         totals[strategy] = plan.memory(build_model(shape, "bhyt", 32))
-    assert totals["ddp"]["AdamW"] == 8 * count and totals["ddp"]["DDP's buckets"] == totals["ddp"]["weights"] == 4 * count
+    assert (
+        totals["ddp"]["AdamW"] == 8 * count and totals["ddp"]["DDP's buckets"] == totals["ddp"]["weights"] == 4 * count
+    )
     assert totals["fsdp2"]["AdamW"] == 4 * count and totals["fsdp2"]["gradients"] == 2 * count
     assert totals["zero1"]["gradients"] == totals["zero1"]["weights"] == totals["zero2"]["weights"] == 2 * count
     assert totals["zero2"]["gradients"] == count and totals["zero3"]["AdamW"] == 6 * count
@@ -357,9 +395,15 @@ def test_decay(tmp_path: Path) -> None:
     (
         (["--preset", "71m", "--seq-len", "1"], "--seq-len: expected at least 2, got 1"),
         (["--batch", "0"], "--batch: expected at least 1, got 0"),
-        (["--batch", "9", "--micro-batch", "4"], "--micro-batch: expected a divisor of the 9 sequences of a process, got 4"),
+        (
+            ["--batch", "9", "--micro-batch", "4"],
+            "--micro-batch: expected a divisor of the 9 sequences of a process, got 4",
+        ),
         (["--dry-run", "--devices", "3"], "--batch: expected a multiple of the 3 processes, got 8"),
-        (["--streams", "3"], "--streams: expected a multiple of the 1 processes that divides the 8 sequences of a step, got 3"),
+        (
+            ["--streams", "3"],
+            "--streams: expected a multiple of the 1 processes that divides the 8 sequences of a step, got 3",
+        ),
         (["--lr", "nan"], "--lr and --beta2: expected above 0, and from 0 to below 1, got nan and 0.95"),
         (["--held-out", "0"], "--held-out: expected a share between 0 and 1, got 0.0"),
         (["--norm", "rmsnorm", "--exact-layers", "1"], "--exact-layers: means nothing with --norm rmsnorm"),
@@ -427,7 +471,9 @@ def test_commands_of_the_page() -> None:
                 continue
             given = words[[Path(word).name for word in words].index(program) + 1 :]
             launcher = dict(zip(words, words[1:]))
-            processes = int(launcher.get("--nnodes", 1)) * int(launcher.get("--nproc-per-node", launcher.get("--num_processes", 1)))
+            processes = int(launcher.get("--nnodes", 1)) * int(
+                launcher.get("--nproc-per-node", launcher.get("--num_processes", 1))
+            )
             checked[program] += 1
             if program == "pretrain.py":
                 arguments = pretrain.parse_arguments(given)

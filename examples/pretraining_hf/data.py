@@ -1,9 +1,9 @@
 """Documents from files or a hub, which of them are held out, the tokenizer, and sequences packed from them.
 
-The text is split into a fixed number of streams: stream j has the documents j, j + n, .. (or whole files, where there are
-enough), and packs them on its own. A step takes equally many sequences from every stream, so that its batch does not
-depend on how many processes share the streams, each document is tokenised by one process only, and where a run stands is
-one position per stream.
+The text is split into a fixed number of streams: stream j has the documents j, j + n, .. (or whole files, where there
+are enough), and packs them on its own. A step takes equally many sequences from every stream, so that its batch does
+not depend on how many processes share the streams, each document is tokenised by one process only, and where a run stands
+is one position per stream.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ _COMPRESSED = (".gz", ".zst", ".xz", ".bz2")
 
 
 class Source:
-    """Where documents come from: files of one kind, folders of such, a data set's name on a hub, or Python's own sources."""
+    """Where documents come from: files of one kind, folders of such, a data set on a hub, or Python's own sources."""
 
     def __init__(self, places: list[str], field: str = "text", config: str | None = None, split: str = "train") -> None:
         """places: none of them means Python's own sources."""
@@ -95,7 +95,9 @@ class Source:
     def name(self) -> str:
         if self.hub:
             return ":".join(filter(None, (self.hub, self.config, self.split)))
-        return ", ".join(file.name for file in self.files[:3]) + ", .." * (len(self.files) > 3) or "Python's own sources"
+        return (
+            ", ".join(file.name for file in self.files[:3]) + ", .." * (len(self.files) > 3) or "Python's own sources"
+        )
 
     def identity(self) -> list[Any]:
         """What a resumed run must find again."""
@@ -127,7 +129,7 @@ def _python_sources() -> Iterator[dict[str, str]]:
 
 
 class HeldOut:
-    """Which documents are not trained on, decided by their text alone: wherever else the same text occurs, it is too."""
+    """Which documents are not trained on, decided by their text alone: its copies are not either."""
 
     def __init__(self, share: float = 0.0, texts: Iterable[str] = ()) -> None:
         """share: of all documents. texts: further ones."""
@@ -153,7 +155,10 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenize
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size, special_tokens=[END], initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+        vocab_size=vocab_size,
+        special_tokens=[END],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
     )
     tokenizer.train_from_iterator(texts, trainer)
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=END, clean_up_tokenization_spaces=False)
@@ -171,7 +176,7 @@ def load_tokenizer(place: str) -> PreTrainedTokenizerFast:
 
 
 def tokens_of(texts: list[str], tokenizer: PreTrainedTokenizerFast) -> np.ndarray:
-    """[N] int32: the documents one after another, each with the end-of-sequence token behind it and nothing else added."""
+    """[N] int32: the documents one after another, each with the end-of-sequence token behind it, nothing else added."""
     if not texts:
         return np.empty(0, np.int32)
     ids = tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
@@ -188,7 +193,7 @@ def pack(tokens: np.ndarray, seq_len: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 class Stream:
-    """Stream `number` of `count`: an endless iterator of sequences, [seq_len] int32, that can be put back where it was."""
+    """Stream `number` of `count`: endless sequences, [seq_len] int32; can be put back where it was."""
 
     def __init__(
         self, source: Source, number: int, count: int, tokenizer: Any, seq_len: int, held_out: HeldOut, seed: int = 0
@@ -205,7 +210,7 @@ class Stream:
         self._sequences: np.ndarray | None = None  # of the current block, with the rest of the one before
 
     def state_dict(self) -> dict[str, Any]:
-        """Where the current block begins, what was left over in front of it, and how many sequences were taken since."""
+        """Where the current block begins, what was left over in front of it, and the sequences taken since."""
         if self._sequences is None:
             self._advance(self._rest, self._taken)
         return {**self._begin, "rest": self._rest.tolist(), "taken": self._taken}
@@ -250,8 +255,8 @@ class Stream:
                 order = np.random.default_rng((self._seed, self._number, epoch, block)).permutation(len(texts))
                 yield begin, tokens_of([texts[i] for i in order], self._tokenizer)
             if not found:
-                raise SystemExit(f"{self._source.name}: stream {self._number + 1} of {self._count} has no document to train on;"
-                                 " give more text, or fewer --streams")  # fmt: skip
+                raise SystemExit(f"{self._source.name}: stream {self._number + 1} of {self._count} has no document to "
+                                 "train on; give more text, or fewer --streams")  # fmt: skip
             epoch, block, documents = epoch + 1, 0, None
 
 
@@ -298,6 +303,6 @@ def whole_batches(held_out: list[Any], streams: int) -> list[Any]:
     """As many as all processes have equally many of, whatever their number."""
     count = len(held_out) // streams * streams
     if not count:
-        raise SystemExit(f"too little held-out text: {len(held_out)} sequences for {streams} streams; give more text, a "
-                         "larger --held-out or a smaller --seq-len")  # fmt: skip
+        raise SystemExit(f"too little held-out text: {len(held_out)} sequences for {streams} streams; give more "
+                         "text, a larger --held-out or a smaller --seq-len")  # fmt: skip
     return held_out[:count]

@@ -16,7 +16,7 @@ NORMS = {"bhyt": "bhyt", "bhyt-exact": "bhytstar", "rmsnorm": None}  # norm -> n
 
 
 def build_model(shape: dict[str, Any], norm: str, seq_len: int, exact_layers: int = 0) -> Any:
-    """A Llama with fresh float32 weights from torch's random state; its norms converted, unless they stay what they are."""
+    """A Llama with fresh float32 weights from torch's random state; its norms converted, unless they stay."""
     config = LlamaConfig(**shape, max_position_embeddings=seq_len, use_cache=False)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     if NORMS[norm]:
@@ -62,13 +62,13 @@ class Plan:
         parts = ", ".join(f"{name} {size / 2**30:.2f}" for name, size in memory.items())
         return [
             f"{sum(p.numel() for p in model.parameters()):,} parameters: {shape['num_hidden_layers']} layers, width "
-            f"{shape['hidden_size']}, {shape['num_attention_heads']} heads ({shape['num_key_value_heads']} of keys and values), "
-            f"MLP {shape['intermediate_size']}, vocabulary {shape['vocab_size']:,}, {self.norm}",
+            f"{shape['hidden_size']}, {shape['num_attention_heads']} heads ({shape['num_key_value_heads']} of keys and "
+            f"values), MLP {shape['intermediate_size']}, vocabulary {shape['vocab_size']:,}, {self.norm}",
             f"{self.steps:,} steps of {self.batch} sequences of {self.seq_len} tokens: "
-            f"{self.steps * self.batch * self.seq_len:,} tokens; a step is {self.devices} x {self.micro_batch} sequences, "
-            f"accumulated {self.accumulation} times",
-            f"memory per device, {self.strategy} in {'bf16' if self.bf16 else 'fp32'}, estimated in GiB: {parts}; together "
-            f"{sum(memory.values()) / 2**30:.2f}, beside what the framework needs for itself",
+            f"{self.steps * self.batch * self.seq_len:,} tokens; a step is {self.devices} x {self.micro_batch} "
+            f"sequences, accumulated {self.accumulation} times",
+            f"memory per device, {self.strategy} in {'bf16' if self.bf16 else 'fp32'}, estimated in GiB: {parts}; "
+            f"together {sum(memory.values()) / 2**30:.2f}, beside what the framework needs for itself",
         ]
 
     def without_storage(self) -> Any:
@@ -76,7 +76,7 @@ class Plan:
             return build_model(self.shape, self.norm, self.seq_len, self.exact_layers)
 
     def memory(self, model: Any) -> dict[str, float]:
-        """Bytes per device. Activations are those that a forward saves; the rest is counted from the number of weights."""
+        """Bytes per device. Activations are those that a forward saves; the rest follows from the number of weights."""
         n, share = sum(p.numel() for p in model.parameters()), 1 / self.devices
         layer = sum(p.numel() for p in model.model.layers[0].parameters())
         low = 2 if self.bf16 else 4  # bytes of a number that is computed with
@@ -84,7 +84,9 @@ class Plan:
             sizes = {"weights": 4 * n, "gradients": 4 * n, "AdamW": 8 * n}
             if self.devices > 1:
                 sizes["DDP's buckets"] = 4 * n
-        elif self.strategy == "fsdp2":  # whole: two layers, since the next one is fetched in advance, and what is in none
+        elif (
+            self.strategy == "fsdp2"
+        ):  # whole: two layers, since the next one is fetched in advance, and what is in none
             whole = low * (2 * layer + n - layer * len(model.model.layers))
             sizes = {"weights": 4 * n * share + whole, "gradients": 4 * n * share, "AdamW": 8 * n * share}
         else:  # the float32 weights are the optimiser's
@@ -97,7 +99,7 @@ class Plan:
         return {**sizes, "activations": self.activations()}
 
     def activations(self) -> float:
-        """Bytes that one micro-batch's forward saves for its backward, and the largest of these once more: its gradient.
+        """Bytes that one micro-batch's forward saves for its backward, and the largest once more: its gradient.
 
         Counted on tensors without storage. Includes the bf16 copies of weights that autocast makes.
         """

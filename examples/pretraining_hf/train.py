@@ -1,4 +1,4 @@
-"""transformers' Trainer on streams of packed sequences: the data's position in its checkpoints, signals, what it prints."""
+"""transformers' Trainer on streams of packed sequences: positions in its checkpoints, signals, what it prints."""
 
 from __future__ import annotations
 
@@ -107,8 +107,14 @@ class Report(TrainerCallback):
 
 
 def make_trainer(
-    model: Any, arguments: TrainingArguments, sequences: Sequences, evaluation: list[Any], tokenizer: Any, world: World,
-    refresh: int, received: Callable[[], int],
+    model: Any,
+    arguments: TrainingArguments,
+    sequences: Sequences,
+    evaluation: list[Any],
+    tokenizer: Any,
+    world: World,
+    refresh: int,
+    received: Callable[[], int],
 ) -> tuple[StreamTrainer, StopOnSignal]:
     """
     Args:
@@ -128,7 +134,7 @@ def make_trainer(
 
 
 def save_model(trainer: StreamTrainer, folder: Path, world: World) -> None:
-    """Whole weights, config and tokenizer, as AutoModelForCausalLM and AutoTokenizer load them; every process calls it."""
+    """Whole weights, config and tokenizer, as the Auto classes load them; every process calls it."""
     if not trainer.is_fsdp_enabled:
         trainer.save_model(str(folder))
         return
