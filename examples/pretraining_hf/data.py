@@ -2,8 +2,8 @@
 
 The text is split into a fixed number of streams: stream j has the documents j, j + n, .. (or whole files, where there
 are enough), and packs them on its own. A step takes equally many sequences from every stream, so that its batch does
-not depend on how many processes share the streams, each document is tokenised by one process only, and where a run stands
-is one position per stream.
+not depend on how many processes share the streams, each document is tokenised by one process only, and where a run
+stands is one position per stream.
 """
 
 from __future__ import annotations

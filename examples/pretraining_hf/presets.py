@@ -4,10 +4,10 @@
              compare norms with; shapes from their configs, settings from Mix-LN's scripts: sequences of 256 tokens, 512
              a step, Adam without decay or clipping, a cosine to a tenth.
 374m, 1b     BHyT (2601.09719): the authors' own 374M shape with Llama 3's vocabulary, and Llama-3.2-1B. Of their
-             script: sequences of 1024, 16 a device and step, 20,000 steps of the 1B model, AdamW (0.9, 0.95), decay and the
-             middle one of the learning rates that they search. The number of devices is not given: 128 sequences are
+             script: sequences of 1024, 16 a device and step, 20,000 steps of the 1B model, AdamW (0.9, 0.95), decay and
+             the middle one of the learning rates that they search. The number of devices is not given: 128 sequences are
              those of eight; nor are the steps of the 374M model: those of the 1B one.
-tiny         nobody's: two minutes on two CPU cores, to see that all parts work.
+tiny         nobody's, for minutes on a CPU, to see that all parts work.
 """
 
 from __future__ import annotations
