@@ -18,8 +18,7 @@ from bhyt.folding import fold_gain
 
 sys.path.insert(0, str(common.REPOSITORY / "examples"))
 from pretraining.norms import DyT, ScaledEmbedding  # noqa: E402
-
-LLAMA_3_2 = dict(vocab_size=128256, rope_parameters={"rope_type": "default", "rope_theta": 500000.0}, rms_norm_eps=1e-5)
+from pretraining_hf.presets import PRESETS as PRETRAINING  # noqa: E402
 
 
 @dataclass(frozen=True)
@@ -49,14 +48,11 @@ PRESETS = {
     "200m": Preset(
         _shape(1024, 15, 16, 4, 2816, vocab_size=32000), "fp32", "fp32", batch=2, length=512, prompt=64, steps=16
     ),
-    # The 374M model of arXiv 2601.09719; Llama 3's vocabulary gives it that many parameters.
-    "374m": Preset(
-        _shape(1024, 16, 16, 4, 4096, **LLAMA_3_2), "bf16", "bf16", batch=4, length=2048, prompt=128, steps=64
-    ),
-    # Llama-3.2-1B.
-    "1b": Preset(
-        _shape(2048, 16, 32, 8, 8192, **LLAMA_3_2), "bf16", "bf16", batch=4, length=2048, prompt=128, steps=64
-    ),
+    # The 374M model of arXiv 2601.09719, and Llama-3.2-1B.
+    **{
+        name: Preset(PRETRAINING[name].shape, "bf16", "bf16", batch=4, length=2048, prompt=128, steps=64)
+        for name in ("374m", "1b")
+    },
 }
 
 
@@ -64,7 +60,7 @@ def make_base(preset: Preset, dtype: torch.dtype, device: str) -> nn.Module:
     """The model as `transformers` has it, weights at random from a fixed seed."""
     torch.manual_seed(0)
     longest = max(preset.length, preset.prompt + preset.steps)
-    config = LlamaConfig(**preset.config, max_position_embeddings=longest, tie_word_embeddings=True)
+    config = LlamaConfig(**{"tie_word_embeddings": True, **preset.config}, max_position_embeddings=longest)
     with torch.device(device):
         return LlamaForCausalLM._from_config(config, dtype=dtype)
 
