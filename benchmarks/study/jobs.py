@@ -9,7 +9,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Mapping, Sequence
 
-NORMS = ("bhyt", "bhyt-exact", "rmsnorm", "layernorm", "dyt", "peri-ln", "lns")
+NORMS = (
+    "bhyt", "bhyt-exact", "rmsnorm", "layernorm", "dyt", "peri-ln", "lns",
+    "derf", "mix-ln", "seednorm", "ssnorm", "pre-crmsnorm",
+)
 # Changes of BHyT, at its learning rate; see variants.py.
 FIRST_EXACT, ONE_VALUE, POSITION = VARIANTS = ("bhyt-first-exact", "bhyt-one-value", "bhyt-position")
 SEARCH_SEED = 0  # the learning-rate search has a seed of its own
