@@ -41,6 +41,7 @@ class Preset:
 
 LRS = (1e-3, 3e-3, 1e-2, 3e-2, 1e-1)  # the last two ask for trouble
 SEEDS = (1, 2, 3)
+ALPHAS = (0.3, 0.1, 0.03)  # of DyT and Derf, whose authors' rule gives 1 for this width
 BOUNDS = (0.5, 1.0, 2.0, 4.0)
 
 PRESETS = {

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor, nn
 
 import bhyt
-from jobs import FIRST_EXACT, ONE_VALUE, POSITION, Job
+from jobs import ALPHAS, FIRST_EXACT, ONE_VALUE, POSITION, Job
 from measure import offset
 from pretraining.model import EMBEDDING_STD, Block, ModelConfig
 from pretraining.norms import (
-    BLOCKS, KAPPA, LAM_ATTENTION, LAM_MLP, BlockBHyT, BlockBHyTExact, BlockRMSNorm, ScaledEmbedding,
+    BLOCKS, KAPPA, LAM_ATTENTION, LAM_MLP, BlockBHyT, BlockBHyTExact, BlockDyT, BlockRMSNorm, Derf, DyT, ScaledEmbedding,
 )
 
 
@@ -114,6 +114,19 @@ class BlockRMSNormSmall(BlockRMSNorm):
         nn.init.constant_(self.post_attention_layernorm.weight, LAM_MLP / KAPPA)
 
 
+def with_alpha(norm: type[DyT], alpha: float) -> type[Block]:
+    """DyT or Derf whose alpha is at first `alpha` at every site."""
+
+    class BlockAlpha(BlockDyT):
+        @staticmethod
+        def norm_class(dim: int) -> nn.Module:
+            return norm(dim, alpha)
+
+        make_final_norm = norm_class
+
+    return BlockAlpha
+
+
 def frozen(bound: float) -> type[Block]:
     """BHyT with lam / kappa = bound / sqrt(layers) at every site, not learned."""
 
@@ -127,6 +140,7 @@ def frozen(bound: float) -> type[Block]:
     return BlockBHyTFrozen
 
 
+POINTWISE = {"dyt": DyT, "derf": Derf}
 STARTS = {
     FIRST_EXACT: Start(exact="first"),
     "bhyt-unit": Start(power=1),
@@ -139,7 +153,8 @@ STARTS = {
     "bhyt-unit-exact": Start(power=1, exact="all"),
 }
 CLASSES = {POSITION: BlockBHyTPosition, ONE_VALUE: BlockBHyTOneValue, "rmsnorm-small": BlockRMSNormSmall,
-           **{name: started(start) for name, start in STARTS.items()}}
+           **{name: started(start) for name, start in STARTS.items()},
+           **{f"{name}-{alpha:g}": with_alpha(norm, alpha) for name, norm in POINTWISE.items() for alpha in ALPHAS}}
 
 
 def block_of(job: Job) -> type[Block]:
