@@ -13,8 +13,16 @@ NORMS = (
     "bhyt", "bhyt-exact", "rmsnorm", "layernorm", "dyt", "peri-ln", "lns",
     "derf", "mix-ln", "seednorm", "ssnorm", "pre-crmsnorm",
 )
-# Changes of BHyT, at its learning rate; see variants.py.
+# Changes of BHyT; see variants.py.
 FIRST_EXACT, ONE_VALUE, POSITION = VARIANTS = ("bhyt-first-exact", "bhyt-one-value", "bhyt-position")
+# What may explain the distance between BHyT and RMSNorm, each tried at the learning rates of both.
+UNIT, BY_DEPTH = "bhyt-unit", "bhyt-by-depth"
+GAP = (
+    "rmsnorm", "rmsnorm-small", "bhyt", UNIT, "bhyt-small", "bhyt-fast", "bhyt-embedding", FIRST_EXACT,
+    "bhyt-unit-fast", "bhyt-unit-embedding", "bhyt-unit-first", "bhyt-unit-exact",
+)
+# Whose learning rate it takes: Pre-CRMSNorm is the same function as LayerNorm, so it has no search of its own.
+SAME_RATE = {"pre-crmsnorm": "layernorm", UNIT: "rmsnorm", BY_DEPTH: "lns", **{variant: "bhyt" for variant in VARIANTS}}
 SEARCH_SEED = 0  # the learning-rate search has a seed of its own
 REFRESH = 10  # steps between updates of the variance offsets, where nothing else is said
 NEVER = 0  # as a refresh: after the initialisation no more
@@ -29,6 +37,7 @@ class Preset:
     seq_len: int
     batch: int
     short: int  # steps of a run of the learning-rate search and of the bound
+    middle: int  # steps of the runs that ask why BHyT trails RMSNorm: in short ones it does not
     long: int  # steps of all others; equal steps are equal tokens
     measurements: int  # of a long run, after the one at its start; a short run has one
     lrs: tuple[float, ...]
@@ -41,16 +50,17 @@ class Preset:
 
 LRS = (1e-3, 3e-3, 1e-2, 3e-2, 1e-1)  # the last two ask for trouble
 SEEDS = (1, 2, 3)
-ALPHAS = (0.3, 0.1, 0.03)  # of DyT and Derf, whose authors' rule gives 1 for this width
+POINTWISE = ("dyt", "derf")
+ALPHAS = (0.3, 0.1, 0.03)  # of those two; their authors' rule gives 1 for this width
 BOUNDS = (0.5, 1.0, 2.0, 4.0)
 
 PRESETS = {
-    "smoke": Preset(2, 16, 2, 1, 16, 16, 2, 4, 2, (1e-3, 1e-2), (1, 2), (1, NEVER), (0.5, 2.0), "cpu", "float32"),
+    "smoke": Preset(2, 16, 2, 1, 16, 16, 2, 3, 4, 2, (1e-3, 1e-2), (1, 2), (1, NEVER), (0.5, 2.0), "cpu", "float32"),
     "cpu": Preset(
-        24, 128, 4, 2, 128, 2, 240, 800, 4, LRS, SEEDS, (REFRESH, 100, NEVER), BOUNDS, "cpu", "float32"
+        24, 128, 4, 2, 128, 2, 240, 400, 800, 4, LRS, SEEDS, (REFRESH, 100, NEVER), BOUNDS, "cpu", "float32"
     ),
     "gpu": Preset(
-        48, 256, 4, 2, 512, 32, 600, 4000, 8, LRS, SEEDS, (1, REFRESH, 100, 1000, NEVER), BOUNDS, "cuda", "bfloat16"
+        48, 256, 4, 2, 512, 32, 600, 2000, 4000, 8, LRS, SEEDS, (1, REFRESH, 100, 1000, NEVER), BOUNDS, "cuda", "bfloat16"
     ),
 }
 
@@ -75,17 +85,23 @@ Results = Mapping[Job, Result]
 # ---- the experiments
 
 
-def searches(preset: Preset) -> list[Job]:
+def search(preset: Preset, norm: str) -> list[Job]:
     """The same small grid of learning rates for every norm."""
-    return [Job(norm, lr, SEARCH_SEED, preset.short) for norm in NORMS for lr in preset.lrs]
+    return [Job(norm, lr, SEARCH_SEED, preset.short) for lr in preset.lrs]
+
+
+def searches(preset: Preset) -> list[Job]:
+    return [job for norm in NORMS if norm not in SAME_RATE for job in search(preset, norm)]
 
 
 def best_lrs(preset: Preset, results: Results) -> dict[str, float]:
-    """Each norm's learning rate of the lowest held-out loss; the search must be complete."""
-    return {
-        norm: min(preset.lrs, key=lambda lr: final_loss(results[Job(norm, lr, SEARCH_SEED, preset.short)]))
-        for norm in NORMS
-    }
+    """The learning rate of the lowest held-out loss, for each norm whose search is complete, and those that share it."""
+    lrs = {}
+    for norm in NORMS:
+        jobs = search(preset, norm)
+        if norm not in SAME_RATE and all(job in results for job in jobs):
+            lrs[norm] = min(jobs, key=lambda job: final_loss(results[job])).lr
+    return lrs | {norm: lrs[other] for norm, other in SAME_RATE.items() if other in lrs}
 
 
 def comparison(preset: Preset, norm: str, lr: float, refresh: int = REFRESH) -> list[Job]:
@@ -102,10 +118,21 @@ def unbounded(preset: Preset, lr: float) -> list[Job]:
     return [Job("lns", lr, seed, preset.short) for seed in preset.seeds]
 
 
+def gap(preset: Preset, norm: str, lr: float) -> Job:
+    return Job(norm, lr, preset.seeds[0], preset.middle)
+
+
+def alphas(preset: Preset, norm: str) -> list[Job]:
+    """DyT or Derf with smaller alphas, at the lowest learning rate of the grid."""
+    return [Job(f"{norm}-{alpha:g}", preset.lrs[0], SEARCH_SEED, preset.short) for alpha in ALPHAS]
+
+
 def experiments(preset: Preset, lrs: Mapping[str, float]) -> list[Job]:
     """All that follows the search; runs that two experiments share are there once."""
-    jobs = [job for norm in NORMS for job in comparison(preset, norm, lrs[norm])]
     lr = lrs["bhyt"]
+    jobs = [job for norm in (*NORMS, UNIT) for job in comparison(preset, norm, lrs[norm])]
+    jobs += [gap(preset, norm, rate) for norm in GAP for rate in (lr, lrs["rmsnorm"])]
+    jobs += [job for norm in POINTWISE for job in alphas(preset, norm)]
     jobs += [job for bound in preset.bounds for job in bounded(preset, lr, bound)]
     jobs += unbounded(preset, lr)
     jobs += [job for variant in VARIANTS for job in comparison(preset, variant, lr)]

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import bhyt
-from jobs import ALPHAS, FIRST_EXACT, ONE_VALUE, POSITION, Job
+from jobs import ALPHAS, BY_DEPTH, FIRST_EXACT, ONE_VALUE, POSITION, UNIT, Job
 from measure import offset
 from pretraining.model import EMBEDDING_STD, Block, ModelConfig
 from pretraining.norms import (
@@ -57,6 +57,7 @@ class Start:
     """Where BHyT starts, and how fast its gains learn."""
 
     power: int = 0  # gains start at (kappa / lam) ** power; with 1 a sub-layer reads rows whose mean square is about 1
+    by_depth: bool = False  # divided by the root of the block's index, as LayerNorm-Scaling divides its outputs
     rate: float = 1.0  # the gains' learning rate over that of the other parameters
     unit_embedding: bool = False  # embeddings of variance 1 in front of the first block
     exact: str = ""  # "first": two exact sites in the first block, where attention adds most; "all": in every block
@@ -76,8 +77,9 @@ class Rate(nn.Module):
         return parameter / self.rate
 
 
-def start_gain(site: nn.Module, start: Start) -> None:
-    nn.init.constant_(site.weight, (site.kappa / site.lam.item()) ** start.power)
+def start_gain(site: nn.Module, start: Start, index: int) -> None:
+    depth = math.sqrt(index) if start.by_depth else 1
+    nn.init.constant_(site.weight, (site.kappa / site.lam.item()) ** start.power / depth)
     if start.rate != 1:
         nn.utils.parametrize.register_parametrization(site, "weight", Rate(start.rate))
         behind = site.parametrizations.weight.original
@@ -90,8 +92,8 @@ def started(start: Start) -> type[Block]:
             exact = start.exact == "all" or (start.exact == "first" and index == 1)
             approximate = BlockBHyTCounted if start.power else BlockBHyT
             block = (BlockBHyTExact if exact else approximate)(config, index)
-            start_gain(block.input_layernorm, start)
-            start_gain(block.post_attention_layernorm, start)
+            start_gain(block.input_layernorm, start, index)
+            start_gain(block.post_attention_layernorm, start, index)
             return block
 
         @staticmethod
@@ -143,7 +145,8 @@ def frozen(bound: float) -> type[Block]:
 POINTWISE = {"dyt": DyT, "derf": Derf}
 STARTS = {
     FIRST_EXACT: Start(exact="first"),
-    "bhyt-unit": Start(power=1),
+    UNIT: Start(power=1),
+    BY_DEPTH: Start(power=1, by_depth=True),
     "bhyt-small": Start(power=-1),
     "bhyt-fast": Start(rate=10),
     "bhyt-embedding": Start(unit_embedding=True),
