@@ -29,6 +29,7 @@ GAP = {
     "bhyt-unit-embedding": ("rmsnorm",),
     "bhyt-unit-first": ("rmsnorm",),
     "bhyt-unit-exact": ("rmsnorm",),
+    "bhyt-by-depth-first": ("lns",),
 }
 # Whose learning rate it takes: Pre-CRMSNorm is the same function as LayerNorm, so it has no search of its own.
 SAME_RATE = {"pre-crmsnorm": "layernorm", UNIT: "rmsnorm", BY_DEPTH: "lns", **{variant: "bhyt" for variant in VARIANTS}}

@@ -26,6 +26,7 @@ LABELS = {norm: label for norm, (_, _, label) in STYLE.items()} | {
     "bhyt-unit-fast": "BHyT, gains from kappa / lam that learn ten times as fast",
     "bhyt-unit-embedding": "BHyT, gains from kappa / lam, embeddings of variance 1",
     "bhyt-unit-first": "BHyT, gains from kappa / lam, first block exact",
+    "bhyt-by-depth-first": "BHyT, gains from kappa / (lam sqrt(l)), first block exact",
     "bhyt-unit-exact": "BHyT* (exact), gains from kappa / lam",
 }
 ESTIMATES = {"none": "v", "T": "v + offset (BHyT)", "t": "v + offset T / t", "one": "v + offset T",

@@ -57,6 +57,7 @@ class Start:
     """Where BHyT starts, and how fast its gains learn."""
 
     power: int = 0  # gains start at (kappa / lam) ** power; with 1 a sub-layer reads rows whose mean square is about 1
+    counted: bool = False  # c of W_V times the gains
     by_depth: bool = False  # divided by the root of the block's index, as LayerNorm-Scaling divides its outputs
     rate: float = 1.0  # the gains' learning rate over that of the other parameters
     unit_embedding: bool = False  # embeddings of variance 1 in front of the first block
@@ -90,7 +91,7 @@ def started(start: Start) -> type[Block]:
     class BlockBHyTStarted(Block):
         def __new__(cls, config: ModelConfig, index: int) -> Block:
             exact = start.exact == "all" or (start.exact == "first" and index == 1)
-            approximate = BlockBHyTCounted if start.power else BlockBHyT
+            approximate = BlockBHyTCounted if start.counted else BlockBHyT
             block = (BlockBHyTExact if exact else approximate)(config, index)
             start_gain(block.input_layernorm, start, index)
             start_gain(block.post_attention_layernorm, start, index)
@@ -145,15 +146,16 @@ def frozen(bound: float) -> type[Block]:
 POINTWISE = {"dyt": DyT, "derf": Derf}
 STARTS = {
     FIRST_EXACT: Start(exact="first"),
-    UNIT: Start(power=1),
-    BY_DEPTH: Start(power=1, by_depth=True),
-    "bhyt-small": Start(power=-1),
+    UNIT: Start(power=1, counted=True),
+    BY_DEPTH: Start(power=1, counted=True, by_depth=True),
+    "bhyt-small": Start(power=-1, counted=True),
     "bhyt-fast": Start(rate=10),
     "bhyt-embedding": Start(unit_embedding=True),
-    "bhyt-unit-fast": Start(power=1, rate=10),
-    "bhyt-unit-embedding": Start(power=1, unit_embedding=True),
+    "bhyt-unit-fast": Start(power=1, counted=True, rate=10),
+    "bhyt-unit-embedding": Start(power=1, counted=True, unit_embedding=True),
     "bhyt-unit-first": Start(power=1, exact="first"),
     "bhyt-unit-exact": Start(power=1, exact="all"),
+    "bhyt-by-depth-first": Start(power=1, by_depth=True, exact="first"),
 }
 CLASSES = {POSITION: BlockBHyTPosition, ONE_VALUE: BlockBHyTOneValue, "rmsnorm-small": BlockRMSNormSmall,
            **{name: started(start) for name, start in STARTS.items()},
