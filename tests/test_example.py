@@ -194,22 +194,22 @@ def test_pre_crmsnorm_is_layernorm():
 
 
 def test_mix_ln():
-    """Eight blocks: two Post-LN, six Pre-LN, with the residual adds written out."""
-    config = ModelConfig(vocab=VOCAB, layers=8, dim=32, heads=4, kv_heads=2, seq_len=16)
+    """Twelve blocks: three Post-LN, nine Pre-LN, with the residual adds written out."""
+    config = ModelConfig(vocab=VOCAB, layers=12, dim=32, heads=4, kv_heads=2, seq_len=16)
     model = randomised(Decoder(config, BLOCKS["mix-ln"]))
     tokens = torch.randint(VOCAB, (2, 16))
     x = model.embed_tokens(tokens)
     rotary, layers = model.rotary(x), model.layers
-    behind_mlp = [layers[1].input_layernorm, layers[2].previous_output_layernorm]
-    for layer, norm in zip(layers[:2], behind_mlp):
+    behind_mlp = [layers[1].input_layernorm, layers[2].input_layernorm, layers[3].previous_output_layernorm]
+    for layer, norm in zip(layers[:3], behind_mlp):
         x = layer.post_attention_layernorm(x + layer.self_attn(x, rotary))
         x = norm(x + layer.mlp(x))
-    for layer in layers[2:]:
+    for layer in layers[3:]:
         x = x + layer.self_attn(layer.input_layernorm(x), rotary)
         x = x + layer.mlp(layer.post_attention_layernorm(x))
     torch.testing.assert_close(model(tokens), model.lm_head(model.norm(x)))
     norms = [name for name, _ in model.named_parameters() if name.endswith("norm.weight")]
-    assert len(norms) == 2 * 8 + 1
+    assert len(norms) == 2 * 12 + 1
 
 
 class CountedOps(TorchDispatchMode):
