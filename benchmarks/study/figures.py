@@ -25,10 +25,11 @@ import matplotlib.pyplot as plt  # noqa: E402
 from matplotlib.axes import Axes  # noqa: E402
 from matplotlib.figure import Figure  # noqa: E402
 
-from jobs import NORMS, PRESETS, SAME_RATE, final_loss, read_results, search  # noqa: E402
+from jobs import NORMS, PRESETS, SAME_RATE, UNIT, final_loss, read_results, search  # noqa: E402
 from pretraining.plot import STYLE  # noqa: E402
-from tables import ESTIMATES, TABLES, Study, average, finished, timed  # noqa: E402
+from tables import ESTIMATES, LABELS, TABLES, Study, average, finished, timed  # noqa: E402
 
+STYLES = STYLE | {UNIT: ("black", "*", LABELS[UNIT])}
 PAGE = HERE.parent.parent / "docs" / "study.md"
 MARKED = re.compile(r"(<!-- study:(?P<name>[\w-]+) -->\n).*?(<!-- /study:(?P=name) -->)", re.DOTALL)
 
@@ -39,7 +40,7 @@ def panels(rows: int, columns: int, width: float = 5.0, height: float = 4.0, **s
 
 
 def draw(axes: Axes, norm: str, x: Any, y: Any) -> None:
-    colour, marker, label = STYLE[norm]
+    colour, marker, label = STYLES[norm]
     axes.plot(x, y, color=colour, marker=marker, markersize=5, markeredgecolor="white", linewidth=1.5, label=label)
 
 
@@ -66,7 +67,7 @@ def lrs(study: Study) -> Figure | None:
 
 def losses(study: Study) -> Figure | None:
     """Held-out loss over tokens and over seconds of training: mean of the seeds, and their range."""
-    runs = {norm: good for norm in NORMS if (good := finished(study.compared(norm)))}
+    runs = {norm: good for norm in STYLES if (good := finished(study.compared(norm)))}
     if not runs:
         return None
     figure, ((left, right),) = panels(1, 2, 6.5)
@@ -76,7 +77,7 @@ def losses(study: Study) -> Figure | None:
         for axes, key in ((left, "tokens"), (right, "seconds"))[: 1 + timed(results)]:
             x = [average(results, lambda m: m[key], i) for i in range(1, len(curves[0]) + 1)]
             draw(axes, norm, x, [sum(column) / len(column) for column in zip(*curves)])
-            axes.fill_between(x, low, high, color=STYLE[norm][0], alpha=0.15, linewidth=0)
+            axes.fill_between(x, low, high, color=STYLES[norm][0], alpha=0.15, linewidth=0)
     left.set(xlabel="training tokens (bytes)", ylabel="held-out loss, nats per byte")
     right.set(xlabel="seconds of training")
     left.legend(fontsize=8)
@@ -88,8 +89,9 @@ def activations(study: Study) -> Figure | None:
     runs = {norm: good for norm in NORMS if (good := finished(study.compared(norm)))}
     if not runs:
         return None
-    across = min(6, len(runs))
-    figure, grid = panels(2 * math.ceil(len(runs) / across), across, 2.6, 2.8, sharex=True)
+    bands = math.ceil(len(runs) / 7)
+    across = math.ceil(len(runs) / bands)
+    figure, grid = panels(2 * bands, across, 2.6, 2.8, sharex=True)
     columns = [pair for band in range(0, len(grid), 2) for pair in zip(grid[band], grid[band + 1])]
     for column, (norm, results) in zip(columns, runs.items()):
         count = len(results[0]["measurements"])
@@ -106,9 +108,9 @@ def activations(study: Study) -> Figure | None:
     for above, below in columns[::across]:
         above.set_ylabel("mean |x| of the stream")
         below.set_ylabel("variance of the stream")
-    for axes in (axes for pair in columns[len(runs):] for axes in pair):
+    for axes in sum(columns[len(runs):], ()):
         axes.remove()
-    columns[min(across, len(runs)) - 1][0].legend(fontsize=7)
+    columns[across - 1][0].legend(fontsize=7)
     return figure
 
 

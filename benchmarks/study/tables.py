@@ -116,17 +116,29 @@ def setup(study: Study) -> list[str]:
     if not study.results:
         return []
     preset, result = study.preset, next(iter(study.results.values()))
-    where, tokens = result["environment"], preset.batch * preset.seq_len
+    tokens = preset.batch * preset.seq_len
     sizes = (
         f"{preset.layers} layers, d = {preset.dim}, {preset.heads} query and {preset.kv_heads} key/value heads, "
         f"{result['parameters'] / 1e6:.2g} M parameters, T = {preset.seq_len} bytes, {preset.batch} sequences a step; "
         f"{preset.short * tokens:,} tokens in a short run, {preset.long * tokens:,} in a long one; {preset.dtype}."
     )
-    commit = f"commit {where['commit']}{' with local changes' if where['dirty'] else ''}, " if where["commit"] else ""
-    machine = f"{where['cpu']}, {where['cores']} cores; torch {where['torch']}; {commit}{where['date'][:10]}."
     (train, valid), name = result["common"]["text_tokens"], result["common"]["text"]
     text = f"Text: {name}, {train:,} training and {valid:,} held-out bytes, "
-    return [sizes, text + f"unigram entropy {result['unigram_entropy']:.3f} nats.", machine]
+    return [sizes, text + f"unigram entropy {result['unigram_entropy']:.3f} nats.", *machines(study)]
+
+
+def machines(study: Study) -> list[str]:
+    """Where the runs were made, and how many, with the commit of the first."""
+    places: dict[str, list[dict[str, Any]]] = {}
+    for result in study.results.values():
+        where = result["environment"]
+        places.setdefault(f"{where['cpu']}, {where['cores']} cores; torch {where['torch']}", []).append(where)
+    lines = []
+    for place, runs in sorted(places.items(), key=lambda item: min(where["date"] for where in item[1])):
+        first = min(runs, key=lambda where: where["date"])
+        commit = f"commit {first['commit']}{' with local changes' if first['dirty'] else ''}, " if first["commit"] else ""
+        lines.append(f"{place}; {commit}{first['date'][:10]}: {len(runs)} runs.")
+    return lines
 
 
 def by_rate(study: Study, what: str, cell: Callable[[Result], str]) -> list[str]:
@@ -179,7 +191,7 @@ def distance(study: Study) -> list[str]:
         if results := sum(runs, []):
             read = [average(results, lambda m: math.sqrt(m["sites"][layer][site]["mean_square"]), 0)
                     for layer in (0, -1) for site in (0, 1)]
-            rows.append([LABELS[norm], *(number(size, 2) for size in read), *map(loss, runs)])
+            rows.append([LABELS[norm], *(f"{size:.2f}" for size in read), *map(loss, runs)])
     return markdown(["at the start root mean square of what is read: block 1, attention", "MLP", "last block, attention",
                      "MLP", *(f"held-out loss at {lr:g}" for lr in rates)], rows)
 
@@ -189,7 +201,7 @@ def smaller_alphas(study: Study) -> list[str]:
     rows = []
     for norm in POINTWISE:
         results = [study.of([job]) for job in (search(study.preset, norm)[0], *alphas(study.preset, norm))]
-        if any(results):
+        if any(results[1:]):
             rows.append([LABELS[norm], *map(loss, results)])
     return markdown(["held-out loss with alpha", "1", *(f"{alpha:g}" for alpha in ALPHAS)], rows)
 
