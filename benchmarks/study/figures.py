@@ -80,7 +80,7 @@ def losses(study: Study) -> Figure | None:
             axes.fill_between(x, low, high, color=STYLES[norm][0], alpha=0.15, linewidth=0)
     left.set(xlabel="training tokens (bytes)", ylabel="held-out loss, nats per byte")
     right.set(xlabel="seconds of training")
-    left.legend(fontsize=8)
+    left.legend(fontsize=7, ncols=2)
     return figure
 
 
@@ -130,7 +130,7 @@ def gradients(study: Study) -> Figure | None:
     for axes, title in ((first, "Gradient norm, start"), (last, "Gradient norm, end")):
         axes.set(title=title, xlabel="block", yscale="log", ylabel="of the block's parameters")
     saturated.set(title="Saturated, end", xlabel="block", ylabel="share of |tanh| > 0.9, worse site")
-    last.legend(fontsize=8)
+    last.legend(fontsize=7, ncols=2)
     return figure
 
 

@@ -23,7 +23,7 @@ LABELS = {norm: label for norm, (_, _, label) in STYLE.items()} | {
     "bhyt-small": "BHyT, gains from lam / kappa",
     "bhyt-fast": "BHyT, gains learn ten times as fast",
     "bhyt-embedding": "BHyT, embeddings of variance 1",
-    "bhyt-unit-fast": "BHyT, gains from kappa / lam that learn ten times as fast",
+    "bhyt-unit-fast": "BHyT, gains from kappa / lam, learning ten times as fast",
     "bhyt-unit-embedding": "BHyT, gains from kappa / lam, embeddings of variance 1",
     "bhyt-unit-first": "BHyT, gains from kappa / lam, first block exact",
     "bhyt-by-depth-first": "BHyT, gains from kappa / (lam sqrt(l)), first block exact",
