@@ -68,9 +68,13 @@ def strict_json(path: Path) -> dict:
 
 
 def test_every_run_has_a_complete_file(results):
-    """7 norms x 2 rates; then 7 x 2 seeds, 3 variants, 2 refreshes, 2 bounds, LNS: 44 runs, equal tokens for equals."""
+    """11 norms x 2 rates; then 12 x 2 seeds, 5 variants, 2 refreshes, 2 bounds, LNS, and short runs of 2 x 3 alphas and
+    of what may explain the distance to RMSNorm; equal tokens for equals."""
     records = [strict_json(path) for path in results.iterdir()]
-    assert len(records) == 7 * 2 + 7 * 2 + 3 * 2 + 2 * 2 + 2 * 2 + 2
+    lrs = jobs.best_lrs(SMOKE, jobs.read_results(sorted(results.iterdir())))
+    assert lrs["pre-crmsnorm"] == lrs["layernorm"] and lrs.keys() >= {*jobs.NORMS, *jobs.VARIANTS}
+    gap = {(norm, lrs[other]) for norm, others in jobs.GAP.items() for other in others}
+    assert len(records) == 11 * 2 + 12 * 2 + 5 * 2 + 2 * 2 + 2 * 2 + 2 + 2 * 3 + len(gap)
     for record in records:
         job, steps = record["job"], [m["step"] for m in record["measurements"]]
         assert steps == ([0, 2] if job["steps"] == SMOKE.short else [0, 2, 4]) and not record["diverged"]
@@ -80,8 +84,9 @@ def test_every_run_has_a_complete_file(results):
         for m in record["measurements"]:
             assert len(m["magnitude"]) == len(m["variance"]) == SMOKE.layers + 1
             assert len(m["gradient"]) == len(m["sites"]) == SMOKE.layers and min(m["gradient"]) > 0
-            assert ("approximation" in m) == (job["norm"] in ("bhyt", "bhyt-position", "bhyt-one-value"))
-            assert ("saturated" in m["sites"][0][0]) == (job["norm"] == "dyt" or "bhyt" in job["norm"])
+            every_block = "bhyt" in job["norm"] and not job["norm"].endswith(("exact", "first"))
+            assert ("approximation" in m) == every_block
+            assert ("saturated" in m["sites"][0][0]) == job["norm"].startswith(("dyt", "derf", "bhyt"))
     shared = {json.dumps(record["measurements"][0]["variance"]) for record in records
               if record["job"]["norm"] == "rmsnorm" and record["job"]["seed"] == 1}
     assert len(shared) == 1  # a seed is an initialisation
@@ -128,6 +133,14 @@ def test_the_best_rate_is_not_a_diverged_one():
     assert set(jobs.best_lrs(SMOKE, results).values()) == {1e-3}
 
 
+def test_an_incomplete_search_has_no_best_rate():
+    """It hides no other norm's; and Pre-CRMSNorm has LayerNorm's."""
+    results = {job: {"diverged": False, "measurements": [{"loss": 3 - job.lr}]} for job in jobs.searches(SMOKE)}
+    del results[Job("layernorm", 1e-3, 0, SMOKE.short)]
+    lrs = jobs.best_lrs(SMOKE, results)
+    assert not {"layernorm", "pre-crmsnorm"} & lrs.keys() and lrs["rmsnorm"] == lrs[jobs.UNIT] == 1e-2
+
+
 # ---- variants
 
 
@@ -171,6 +184,72 @@ def test_first_block_exact():
     model = Decoder(TINY, block_of(Job("bhyt-first-exact", 1e-3, 1, 1)))
     assert [type(block) for block in model.layers] == [BLOCKS["bhyt-exact"], BLOCKS["bhyt"], BLOCKS["bhyt"]]
     assert [block.index for block in model.layers] == [1, 2, 3]
+
+
+def readings(norm: str, config: ModelConfig = TINY) -> tuple[Decoder, list[list[float]]]:
+    """A model, and the mean squares of what its sub-layers read, block by block, of embeddings that dwarf eps."""
+    torch.manual_seed(0)
+    model = Decoder(config, block_of(Job(norm, 1e-3, 1, 1)))
+    with torch.no_grad():
+        model.embed_tokens.weight.mul_(50)
+    tokens = torch.randint(VOCAB, (4, config.seq_len))
+    return model, [[site["mean_square"] for site in measure.sites(visit)] for visit in measure.walk(model, tokens)]
+
+
+def test_where_gains_start():
+    """(kappa / lam) ** power: sub-layers read mean squares of 1, of (lam / kappa)^4, and of 1 / l; a little less with
+    tanh. RMSNorm that starts where BHyT does reads (lam / kappa)^2."""
+    for norm, first, second in (
+        ("bhyt-unit-exact", 1.0, 1.0), ("bhyt-small", 0.2**4, 0.1**4), ("rmsnorm-small", 0.2**2, 0.1**2)
+    ):
+        for pair in readings(norm)[1]:
+            assert pair == pytest.approx([first, second], rel=0.15)
+    for index, pair in enumerate(readings(jobs.BY_DEPTH)[1], start=1):
+        assert pair == pytest.approx([1 / index, 1 / index], rel=0.3)  # the second site's variance is an estimate
+
+
+def test_gains_that_count():
+    """Where gains start far from 1, c is that of W_V times the gains; else the estimate is 25 times too small."""
+    model, _ = readings(jobs.UNIT)
+    block = model.layers[1]
+    plain = BLOCKS["bhyt"](TINY, 1)
+    plain.load_state_dict(block.state_dict())
+    plain.refresh()
+    counted, without = (b.post_attention_layernorm.variance_offset.item() for b in (block, plain))
+    assert counted == pytest.approx(25 * without, rel=1e-5) == measure.offset(block).item()
+
+
+def test_gains_that_learn_faster():
+    """Ten times AdamW's step, from the same start, in a gradient that clipping sees as it was."""
+    slow, fast = (readings(norm)[0] for norm in ("bhyt", "bhyt-fast"))
+    tokens, moved = torch.randint(VOCAB, (2, 16)), []
+    for model in (slow, fast):
+        site = model.layers[1].input_layernorm
+        assert torch.equal(site.weight, torch.ones(32))
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.0)
+        model(tokens).logsumexp(-1).mean().backward()
+        behind = site.weight if model is slow else site.parametrizations.weight.original
+        moved.append([behind.grad.clone(), None])
+        optimizer.step()
+        moved[-1][1] = site.weight.detach() - 1
+    torch.testing.assert_close(moved[1][0], moved[0][0], rtol=1e-4, atol=1e-8)
+    torch.testing.assert_close(moved[1][1], 10 * moved[0][1], rtol=1e-2, atol=1e-6)
+
+
+def test_unit_embedding():
+    tokens = torch.randint(VOCAB, (4, 16))
+    model = Decoder(TINY, block_of(Job("bhyt-embedding", 1e-3, 1, 1)))
+    assert model.embed_tokens(tokens).var().item() == pytest.approx(1, rel=0.1)
+    assert model.lm_head.weight.var().item() == pytest.approx(0.02**2, rel=0.1)
+
+
+@pytest.mark.parametrize("norm", ["dyt", "derf"])
+def test_smaller_alpha(norm):
+    model = Decoder(TINY, block_of(Job(f"{norm}-0.1", 1e-3, 1, 1)))
+    alphas = [value.item() for name, value in model.named_parameters() if name.endswith("alpha")]
+    assert alphas == pytest.approx([0.1] * 7)
+    assert type(model.norm) is type(BLOCKS[norm].make_final_norm(8)) is type(model.layers[0].input_layernorm)
+    assert model.embed_tokens.scale.item() == pytest.approx(32**0.5)
 
 
 @pytest.mark.parametrize("bound", [0.5, 1.0, 4.0])
@@ -383,10 +462,12 @@ def test_page_of_an_unfinished_study(results, tmp_path, monkeypatch):
         shutil.copy(path, part)
     full = write_page(page_of(tmp_path), part)
     filled = {match["name"] for match in figures.MARKED.finditer(full) if match[0].count("\n") > 2}
-    assert filled == {"setup", "search", "search-figure", "search-variance"}
-    next(part.iterdir()).unlink()
+    assert filled == {"setup", "search", "search-figure", "search-variance", "alphas", "distance"}
+    assert "| LNS | **" in full or "**" in next(line for line in full.splitlines() if line.startswith("| LNS |"))
+    next(part.glob("lns-*")).unlink()
     full = write_page(page_of(tmp_path), part)
-    assert {m["name"] for m in figures.MARKED.finditer(full) if m[0].count("\n") > 2} == {"setup"}
+    rows = [line for line in full.splitlines() if line.startswith("| LNS |")]
+    assert rows and all("|  |" in row and "**" not in row for row in rows[:2])  # its search is not complete
 
 
 @pytest.mark.parametrize("words", ["<!-- study:gone -->\n<!-- /study:gone -->\n", "<!-- study:setup -->\n"])

@@ -9,6 +9,7 @@ Where the runs of one are missing, nothing stands there.
 from __future__ import annotations
 
 import argparse
+import math
 import re
 import sys
 from pathlib import Path
@@ -24,10 +25,11 @@ import matplotlib.pyplot as plt  # noqa: E402
 from matplotlib.axes import Axes  # noqa: E402
 from matplotlib.figure import Figure  # noqa: E402
 
-from jobs import NORMS, PRESETS, final_loss, read_results, searches  # noqa: E402
+from jobs import NORMS, PRESETS, SAME_RATE, UNIT, final_loss, read_results, search  # noqa: E402
 from pretraining.plot import STYLE  # noqa: E402
-from tables import ESTIMATES, TABLES, Study, average, finished  # noqa: E402
+from tables import ESTIMATES, LABELS, TABLES, Study, average, finished, timed  # noqa: E402
 
+STYLES = STYLE | {UNIT: ("black", "*", LABELS[UNIT])}
 PAGE = HERE.parent.parent / "docs" / "study.md"
 MARKED = re.compile(r"(<!-- study:(?P<name>[\w-]+) -->\n).*?(<!-- /study:(?P=name) -->)", re.DOTALL)
 
@@ -38,7 +40,7 @@ def panels(rows: int, columns: int, width: float = 5.0, height: float = 4.0, **s
 
 
 def draw(axes: Axes, norm: str, x: Any, y: Any) -> None:
-    colour, marker, label = STYLE[norm]
+    colour, marker, label = STYLES[norm]
     axes.plot(x, y, color=colour, marker=marker, markersize=5, markeredgecolor="white", linewidth=1.5, label=label)
 
 
@@ -47,36 +49,38 @@ def draw(axes: Axes, norm: str, x: Any, y: Any) -> None:
 
 def lrs(study: Study) -> Figure | None:
     """Held-out loss over the learning rate; a diverged run is a gap."""
-    if not study.lrs:
+    searches = {norm: [job for job in search(study.preset, norm) if job in study.results]
+                for norm in NORMS if norm not in SAME_RATE}
+    if not any(searches.values()):
         return None
-    figure, ((axes,),) = panels(1, 1, 6.5)
-    for norm in NORMS:
-        jobs = [job for job in searches(study.preset) if job.norm == norm]
-        draw(axes, norm, [job.lr for job in jobs], [final_loss(study.results[job]) for job in jobs])
+    figure, ((axes,),) = panels(1, 1, 7.5, 5)
+    for norm, jobs in searches.items():
+        if jobs:
+            draw(axes, norm, [job.lr for job in jobs], [final_loss(study.results[job]) for job in jobs])
     entropy = next(iter(study.results.values()))["unigram_entropy"]
     axes.axhline(entropy, color="black", linestyle="--", label="unigram entropy")
     axes.set(xscale="log", xlabel="peak learning rate", ylabel="held-out loss, nats per byte",
              title="The search: one seed each; a gap is a divergence")
-    axes.legend()
+    axes.legend(fontsize=8)
     return figure
 
 
 def losses(study: Study) -> Figure | None:
     """Held-out loss over tokens and over seconds of training: mean of the seeds, and their range."""
-    runs = {norm: good for norm in NORMS if (good := finished(study.compared(norm)))}
+    runs = {norm: good for norm in STYLES if (good := finished(study.compared(norm)))}
     if not runs:
         return None
     figure, ((left, right),) = panels(1, 2, 6.5)
     for norm, results in runs.items():
         curves = [[m["loss"] for m in result["measurements"]][1:] for result in results]
         low, high = [min(column) for column in zip(*curves)], [max(column) for column in zip(*curves)]
-        for axes, key in ((left, "tokens"), (right, "seconds")):
+        for axes, key in ((left, "tokens"), (right, "seconds"))[: 1 + timed(results)]:
             x = [average(results, lambda m: m[key], i) for i in range(1, len(curves[0]) + 1)]
             draw(axes, norm, x, [sum(column) / len(column) for column in zip(*curves)])
-            axes.fill_between(x, low, high, color=STYLE[norm][0], alpha=0.15, linewidth=0)
+            axes.fill_between(x, low, high, color=STYLES[norm][0], alpha=0.15, linewidth=0)
     left.set(xlabel="training tokens (bytes)", ylabel="held-out loss, nats per byte")
     right.set(xlabel="seconds of training")
-    left.legend()
+    left.legend(fontsize=7, ncols=2)
     return figure
 
 
@@ -85,20 +89,28 @@ def activations(study: Study) -> Figure | None:
     runs = {norm: good for norm in NORMS if (good := finished(study.compared(norm)))}
     if not runs:
         return None
-    figure, grid = panels(2, len(runs), 2.6, 2.8, sharex=True, sharey="row")
-    for column, (norm, results) in zip(grid.T, runs.items()):
+    bands = math.ceil(len(runs) / 7)
+    across = math.ceil(len(runs) / bands)
+    figure, grid = panels(2 * bands, across, 2.6, 2.8, sharex=True)
+    columns = [pair for band in range(0, len(grid), 2) for pair in zip(grid[band], grid[band + 1])]
+    for column, (norm, results) in zip(columns, runs.items()):
         count = len(results[0]["measurements"])
-        for axes, field in zip(column, ("magnitude", "variance")):
+        for axes, field, like in zip(column, ("magnitude", "variance"), columns[0]):
             for i in range(count):
                 values = average(results, lambda m: m[field], i)
                 step = results[0]["measurements"][i]["step"]
                 axes.plot(values, color=plt.cm.viridis_r(0.1 + 0.9 * i / (count - 1)), label=f"step {step}")
+            if axes is not like:
+                axes.sharey(like)
             axes.set_yscale("log")
         column[0].set_title(STYLE[norm][2])
         column[1].set_xlabel("after block")
-    grid[0, 0].set_ylabel("mean |x| of the stream")
-    grid[1, 0].set_ylabel("variance of the stream")
-    grid[0, -1].legend(fontsize=7)
+    for above, below in columns[::across]:
+        above.set_ylabel("mean |x| of the stream")
+        below.set_ylabel("variance of the stream")
+    for axes in sum(columns[len(runs):], ()):
+        axes.remove()
+    columns[across - 1][0].legend(fontsize=7)
     return figure
 
 
@@ -118,7 +130,7 @@ def gradients(study: Study) -> Figure | None:
     for axes, title in ((first, "Gradient norm, start"), (last, "Gradient norm, end")):
         axes.set(title=title, xlabel="block", yscale="log", ylabel="of the block's parameters")
     saturated.set(title="Saturated, end", xlabel="block", ylabel="share of |tanh| > 0.9, worse site")
-    last.legend(fontsize=8)
+    last.legend(fontsize=7, ncols=2)
     return figure
 
 

@@ -9,9 +9,30 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Mapping, Sequence
 
-NORMS = ("bhyt", "bhyt-exact", "rmsnorm", "layernorm", "dyt", "peri-ln", "lns")
-# Changes of BHyT, at its learning rate; see variants.py.
+NORMS = (
+    "bhyt", "bhyt-exact", "rmsnorm", "layernorm", "dyt", "peri-ln", "lns",
+    "derf", "mix-ln", "seednorm", "ssnorm", "pre-crmsnorm",
+)
+# Changes of BHyT; see variants.py.
 FIRST_EXACT, ONE_VALUE, POSITION = VARIANTS = ("bhyt-first-exact", "bhyt-one-value", "bhyt-position")
+# What may explain the distance between BHyT and RMSNorm, and at whose learning rates it is tried.
+UNIT, BY_DEPTH = "bhyt-unit", "bhyt-by-depth"
+GAP = {
+    UNIT: ("rmsnorm", "bhyt"),
+    BY_DEPTH: ("rmsnorm", "lns"),
+    "rmsnorm-small": ("rmsnorm", "bhyt"),
+    "bhyt-small": ("bhyt",),
+    "bhyt-fast": ("bhyt",),
+    "bhyt-embedding": ("bhyt",),
+    FIRST_EXACT: ("bhyt",),
+    "bhyt-unit-fast": ("rmsnorm",),
+    "bhyt-unit-embedding": ("rmsnorm",),
+    "bhyt-unit-first": ("rmsnorm",),
+    "bhyt-unit-exact": ("rmsnorm",),
+    "bhyt-by-depth-first": ("lns",),
+}
+# Whose learning rate it takes: Pre-CRMSNorm is the same function as LayerNorm, so it has no search of its own.
+SAME_RATE = {"pre-crmsnorm": "layernorm", UNIT: "rmsnorm", BY_DEPTH: "lns", **{variant: "bhyt" for variant in VARIANTS}}
 SEARCH_SEED = 0  # the learning-rate search has a seed of its own
 REFRESH = 10  # steps between updates of the variance offsets, where nothing else is said
 NEVER = 0  # as a refresh: after the initialisation no more
@@ -38,6 +59,8 @@ class Preset:
 
 LRS = (1e-3, 3e-3, 1e-2, 3e-2, 1e-1)  # the last two ask for trouble
 SEEDS = (1, 2, 3)
+POINTWISE = ("dyt", "derf")
+ALPHAS = (0.3, 0.1, 0.03)  # of those two; their authors' rule gives 1 for this width
 BOUNDS = (0.5, 1.0, 2.0, 4.0)
 
 PRESETS = {
@@ -71,17 +94,23 @@ Results = Mapping[Job, Result]
 # ---- the experiments
 
 
-def searches(preset: Preset) -> list[Job]:
+def search(preset: Preset, norm: str) -> list[Job]:
     """The same small grid of learning rates for every norm."""
-    return [Job(norm, lr, SEARCH_SEED, preset.short) for norm in NORMS for lr in preset.lrs]
+    return [Job(norm, lr, SEARCH_SEED, preset.short) for lr in preset.lrs]
+
+
+def searches(preset: Preset) -> list[Job]:
+    return [job for norm in NORMS if norm not in SAME_RATE for job in search(preset, norm)]
 
 
 def best_lrs(preset: Preset, results: Results) -> dict[str, float]:
-    """Each norm's learning rate of the lowest held-out loss; the search must be complete."""
-    return {
-        norm: min(preset.lrs, key=lambda lr: final_loss(results[Job(norm, lr, SEARCH_SEED, preset.short)]))
-        for norm in NORMS
-    }
+    """The learning rate of the lowest held-out loss, for each norm whose search is complete, and those that share it."""
+    lrs = {}
+    for norm in NORMS:
+        jobs = search(preset, norm)
+        if norm not in SAME_RATE and all(job in results for job in jobs):
+            lrs[norm] = min(jobs, key=lambda job: final_loss(results[job])).lr
+    return lrs | {norm: lrs[other] for norm, other in SAME_RATE.items() if other in lrs}
 
 
 def comparison(preset: Preset, norm: str, lr: float, refresh: int = REFRESH) -> list[Job]:
@@ -98,10 +127,22 @@ def unbounded(preset: Preset, lr: float) -> list[Job]:
     return [Job("lns", lr, seed, preset.short) for seed in preset.seeds]
 
 
+def changed(preset: Preset, norm: str, lr: float) -> Job:
+    """A run of the search, of a model that is not searched."""
+    return Job(norm, lr, SEARCH_SEED, preset.short)
+
+
+def alphas(preset: Preset, norm: str) -> list[Job]:
+    """DyT or Derf with smaller alphas, at the lowest learning rate of the grid."""
+    return [changed(preset, f"{norm}-{alpha:g}", preset.lrs[0]) for alpha in ALPHAS]
+
+
 def experiments(preset: Preset, lrs: Mapping[str, float]) -> list[Job]:
     """All that follows the search; runs that two experiments share are there once."""
-    jobs = [job for norm in NORMS for job in comparison(preset, norm, lrs[norm])]
     lr = lrs["bhyt"]
+    jobs = [job for norm in (*NORMS, UNIT, BY_DEPTH) for job in comparison(preset, norm, lrs[norm])]
+    jobs += [changed(preset, norm, lrs[other]) for norm, others in GAP.items() for other in others]
+    jobs += [job for norm in POINTWISE for job in alphas(preset, norm)]
     jobs += [job for bound in preset.bounds for job in bounded(preset, lr, bound)]
     jobs += unbounded(preset, lr)
     jobs += [job for variant in VARIANTS for job in comparison(preset, variant, lr)]

@@ -120,11 +120,15 @@ def approximation(visits: list[Visit]) -> dict[str, Any]:
     return {"layers": layers, "pooled": pooled, "positions": [start + 1 for start, _ in _bins(truths[0].shape[1])]}
 
 
+@torch.no_grad()
 def offset(block: BlockBHyT) -> Tensor:
     """v' - v as the weights of this very step give it."""
     attention, first = block.self_attn, block.input_layernorm
+    values = attention.v_proj.weight
+    if getattr(block, "counts_gain", False):
+        values = values * first.weight
     gain = bhyt.attention_gain(
-        attention.v_proj.weight, attention.o_proj.weight, block.seq_len,
+        values, attention.o_proj.weight, block.seq_len,
         attention.heads // attention.kv_heads, head_dim=attention.head_dim,
     )
     return gain * (first.lam.detach().squeeze() / first.kappa).square()

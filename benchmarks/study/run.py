@@ -1,6 +1,6 @@
 r"""Trains all models of the study and writes one JSON file per run.
 
-    python benchmarks/study/run.py --preset cpu --text c4.jsonl      about 90 minutes on 2 CPU cores
+    python benchmarks/study/run.py --preset cpu --text c4.jsonl      about 2.5 hours on 2 CPU cores
     python benchmarks/study/run.py --preset gpu --text c4.jsonl      deeper, wider, longer, on one GPU
     python benchmarks/study/figures.py --preset cpu                  the figures and tables of docs/study.md
 

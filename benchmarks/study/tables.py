@@ -9,13 +9,26 @@ from statistics import mean, median, stdev
 from typing import Any, Callable, Sequence
 
 from jobs import (
-    FIRST_EXACT, NEVER, NORMS, ONE_VALUE, POSITION, REFRESH, SEARCH_SEED, VARIANTS, Job, Preset, Result, Results,
-    best_lrs, bounded, comparison, final_loss, searches, unbounded,
+    ALPHAS, BY_DEPTH, FIRST_EXACT, GAP, NEVER, NORMS, ONE_VALUE, POINTWISE, POSITION, REFRESH, SAME_RATE, UNIT,
+    Job, Preset, Result, Results, alphas, best_lrs, bounded, changed, comparison, final_loss, search, unbounded,
 )
 from pretraining.norms import KAPPA
 from pretraining.plot import STYLE
 
-LABELS = {norm: label for norm, (_, _, label) in STYLE.items()} | {FIRST_EXACT: "BHyT, first block exact"}
+LABELS = {norm: label for norm, (_, _, label) in STYLE.items()} | {
+    "rmsnorm-small": "RMSNorm, gains from lam / kappa",
+    FIRST_EXACT: "BHyT, first block exact",
+    UNIT: "BHyT, gains from kappa / lam",
+    BY_DEPTH: "BHyT, gains from kappa / (lam sqrt(l))",
+    "bhyt-small": "BHyT, gains from lam / kappa",
+    "bhyt-fast": "BHyT, gains learn ten times as fast",
+    "bhyt-embedding": "BHyT, embeddings of variance 1",
+    "bhyt-unit-fast": "BHyT, gains from kappa / lam, learning ten times as fast",
+    "bhyt-unit-embedding": "BHyT, gains from kappa / lam, embeddings of variance 1",
+    "bhyt-unit-first": "BHyT, gains from kappa / lam, first block exact",
+    "bhyt-by-depth-first": "BHyT, gains from kappa / (lam sqrt(l)), first block exact",
+    "bhyt-unit-exact": "BHyT* (exact), gains from kappa / lam",
+}
 ESTIMATES = {"none": "v", "T": "v + offset (BHyT)", "t": "v + offset T / t", "one": "v + offset T",
              "weights": "v + offset T Σp²"}
 
@@ -27,23 +40,22 @@ class Study:
 
     @cached_property
     def lrs(self) -> dict[str, float]:
-        """The best learning rates; empty as long as the search is not complete."""
-        complete = all(job in self.results for job in searches(self.preset))
-        return best_lrs(self.preset, self.results) if complete else {}
+        """The best learning rate of each norm whose search is complete."""
+        return best_lrs(self.preset, self.results)
 
     def of(self, jobs: Sequence[Job]) -> list[Result]:
         """Those of the jobs' results that are there."""
         return [self.results[job] for job in jobs if job in self.results]
 
     def compared(self, norm: str, refresh: int = REFRESH) -> list[Result]:
-        lr = self.lrs.get("bhyt" if norm in VARIANTS else norm)
+        lr = self.lrs.get(norm)
         return self.of(comparison(self.preset, norm, lr, refresh)) if lr else []
 
     def bounded(self, bound: float) -> list[Result]:
-        return self.of(bounded(self.preset, self.lrs["bhyt"], bound)) if self.lrs else []
+        return self.of(bounded(self.preset, self.lrs["bhyt"], bound)) if "bhyt" in self.lrs else []
 
     def unbounded(self) -> list[Result]:
-        return self.of(unbounded(self.preset, self.lrs["bhyt"])) if self.lrs else []
+        return self.of(unbounded(self.preset, self.lrs["bhyt"])) if "bhyt" in self.lrs else []
 
 
 def finished(results: Sequence[Result]) -> list[Result]:
@@ -84,8 +96,15 @@ def loss(results: Sequence[Result]) -> str:
     return ", ".join(text + ([f"{lost} of {len(results)} diverged"] if lost else []))
 
 
+def timed(results: Sequence[Result]) -> bool:
+    """Whether seconds mean something: not where more than two processes a core wanted the machine, on the median."""
+    return median(r["environment"]["load_before"] / r["environment"]["cores"] for r in results) <= 2
+
+
 def speed(results: Sequence[Result]) -> str:
     """Median training tokens per second of the runs."""
+    if not timed(results):
+        return ""
     lasts = [result["train"][-1] for result in results]
     return f"{median(last['tokens'] / last['seconds'] for last in lasts):,.0f}"
 
@@ -97,32 +116,45 @@ def setup(study: Study) -> list[str]:
     if not study.results:
         return []
     preset, result = study.preset, next(iter(study.results.values()))
-    where, tokens = result["environment"], preset.batch * preset.seq_len
+    tokens = preset.batch * preset.seq_len
     sizes = (
         f"{preset.layers} layers, d = {preset.dim}, {preset.heads} query and {preset.kv_heads} key/value heads, "
         f"{result['parameters'] / 1e6:.2g} M parameters, T = {preset.seq_len} bytes, {preset.batch} sequences a step; "
         f"{preset.short * tokens:,} tokens in a short run, {preset.long * tokens:,} in a long one; {preset.dtype}."
     )
-    commit = f"commit {where['commit']}{' with local changes' if where['dirty'] else ''}, " if where["commit"] else ""
-    machine = f"{where['cpu']}, {where['cores']} cores; torch {where['torch']}; {commit}{where['date'][:10]}."
     (train, valid), name = result["common"]["text_tokens"], result["common"]["text"]
     text = f"Text: {name}, {train:,} training and {valid:,} held-out bytes, "
-    return [sizes, text + f"unigram entropy {result['unigram_entropy']:.3f} nats.", machine]
+    return [sizes, text + f"unigram entropy {result['unigram_entropy']:.3f} nats.", *machines(study)]
+
+
+def machines(study: Study) -> list[str]:
+    """Where the runs were made, and how many, with the commit of the first."""
+    places: dict[str, list[dict[str, Any]]] = {}
+    for result in study.results.values():
+        where = result["environment"]
+        places.setdefault(f"{where['cpu']}, {where['cores']} cores; torch {where['torch']}", []).append(where)
+    lines = []
+    for place, runs in sorted(places.items(), key=lambda item: min(where["date"] for where in item[1])):
+        first = min(runs, key=lambda where: where["date"])
+        commit = f"commit {first['commit']}{' with local changes' if first['dirty'] else ''}, " if first["commit"] else ""
+        lines.append(f"{place}; {commit}{first['date'][:10]}: {len(runs)} runs.")
+    return lines
 
 
 def by_rate(study: Study, what: str, cell: Callable[[Result], str]) -> list[str]:
-    """A row for every norm, a column for every learning rate of the search; the rate that was kept is bold."""
+    """A row for every norm, a column for every learning rate of the search; the rate that was kept is bold. The search
+    of a norm that has no such rate is not complete."""
     rows = []
-    for norm in NORMS if study.lrs else ():
-        cells = [LABELS[norm]]
-        for lr in study.preset.lrs:
-            text = cell(study.results[Job(norm, lr, SEARCH_SEED, study.preset.short)])
-            cells.append(f"**{text}**" if lr == study.lrs[norm] else text)
-        rows.append(cells)
+    for norm in NORMS:
+        jobs = [] if norm in SAME_RATE else search(study.preset, norm)
+        cells = ["".join(map(cell, study.of([job]))) for job in jobs]
+        if any(cells):
+            rows.append([LABELS[norm], *(f"**{text}**" if job.lr == study.lrs.get(norm) else text
+                                         for job, text in zip(jobs, cells))])
     return markdown([f"{what} at learning rate", *(f"{lr:g}" for lr in study.preset.lrs)], rows)
 
 
-def search(study: Study) -> list[str]:
+def search_loss(study: Study) -> list[str]:
     return by_rate(study, "held-out loss", lambda r: "diverged" if r["diverged"] else f"{final_loss(r):.3f}")
 
 
@@ -134,7 +166,7 @@ def search_variance(study: Study) -> list[str]:
 
 def compared(study: Study) -> list[str]:
     rows = []
-    for norm in (*NORMS, FIRST_EXACT):
+    for norm in (*NORMS, FIRST_EXACT, UNIT, BY_DEPTH):
         if not (results := study.compared(norm)):
             continue
         good = finished(results)
@@ -142,12 +174,36 @@ def compared(study: Study) -> list[str]:
         gradients = average(good, lambda m: ratio(max(m["gradient"]), min(m["gradient"]))) if good else math.nan
         largest = max((record["largest_gradient"] or math.inf) for result in results for record in result["train"])
         last = average(good, lambda m: m["variance"][-1]) if good else math.nan
-        rows.append([LABELS[norm], f"{study.lrs['bhyt' if norm in VARIANTS else norm]:g}", loss(results),
+        rows.append([LABELS[norm], f"{study.lrs[norm]:g}", loss(results),
                      speed(results), number(last), number(growth), number(gradients), number(largest),
                      worst_share(good, "saturated"), worst_share(good, "unforeseen")])
     return markdown(["norm", "learning rate", "held-out loss", "tokens/s", "variance, last block",
                      "variance, last block / first", "gradient, largest block / smallest", "largest gradient norm",
                      "saturated, worst site", "beyond lam, worst site"], rows)
+
+
+def distance(study: Study) -> list[str]:
+    """What may explain the distance between BHyT and RMSNorm: what sub-layers read at first, and the loss."""
+    rates = sorted({study.lrs[other] for others in GAP.values() for other in others if other in study.lrs})
+    rows = []
+    for norm in ("bhyt", "rmsnorm", "lns", *GAP):
+        runs = [study.of([changed(study.preset, norm, lr)]) for lr in rates]
+        if results := sum(runs, []):
+            read = [average(results, lambda m: math.sqrt(m["sites"][layer][site]["mean_square"]), 0)
+                    for layer in (0, -1) for site in (0, 1)]
+            rows.append([LABELS[norm], *(f"{size:.2f}" for size in read), *map(loss, runs)])
+    return markdown(["at the start root mean square of what is read: block 1, attention", "MLP", "last block, attention",
+                     "MLP", *(f"held-out loss at {lr:g}" for lr in rates)], rows)
+
+
+def smaller_alphas(study: Study) -> list[str]:
+    """DyT and Derf at the lowest learning rate of the grid."""
+    rows = []
+    for norm in POINTWISE:
+        results = [study.of([job]) for job in (search(study.preset, norm)[0], *alphas(study.preset, norm))]
+        if any(results[1:]):
+            rows.append([LABELS[norm], *map(loss, results)])
+    return markdown(["held-out loss with alpha", "1", *(f"{alpha:g}" for alpha in ALPHAS)], rows)
 
 
 def worst_share(results: Sequence[Result], kind: str) -> str:
@@ -236,5 +292,6 @@ def lambdas(study: Study) -> list[str]:
     return markdown(["lam of", "start", "end, mean", "range", "largest sqrt(L) lam / kappa"], rows)
 
 
-TABLES = {"setup": setup, "search": search, "search-variance": search_variance, "compared": compared,
+TABLES = {"setup": setup, "search": search_loss, "search-variance": search_variance, "compared": compared,
+          "alphas": smaller_alphas, "distance": distance,
           "approximation": approximation, "offsets": offsets, "bound": bound, "lambdas": lambdas}

@@ -13,7 +13,8 @@ import matplotlib.pyplot as plt  # noqa: E402
 from matplotlib.axes import Axes  # noqa: E402
 from matplotlib.ticker import EngFormatter, MaxNLocator  # noqa: E402
 
-# One colour and marker per norm, the same in every picture; Okabe and Ito's colour-blind-safe palette.
+# One colour and marker per norm, the same in every picture; from the colour-blind-safe palettes of Okabe and Ito, and
+# of Tol.
 STYLE = {
     "bhyt": ("#0072B2", "o", "BHyT"),
     "bhyt-exact": ("#56B4E9", "s", "BHyT* (exact)"),
@@ -22,6 +23,11 @@ STYLE = {
     "dyt": ("#009E73", "D", "DyT"),
     "peri-ln": ("#CC79A7", "P", "Peri-LN"),
     "lns": ("#555555", "X", "LNS"),
+    "derf": ("#117733", "d", "Derf"),
+    "mix-ln": ("#882255", "<", "Mix-LN"),
+    "seednorm": ("#332288", ">", "SeeDNorm"),
+    "ssnorm": ("#999933", "p", "Single-Scale RMSNorm"),
+    "pre-crmsnorm": ("#661100", "h", "Pre-CRMSNorm"),
 }
 SMOOTHING = 0.3  # share of the past in the running mean of the training loss
 
