@@ -34,7 +34,8 @@ def cuda_home():
         return None
     if not STREAM_HANDLES and torch.version.cuda is None:
         if wanted == "1":
-            sys.exit(f"bhyt: BHYT_CUDA=1 with torch {torch.__version__}: before 2.11 the CUDA kernels need a torch with CUDA")
+            sys.exit(f"bhyt: BHYT_CUDA=1: torch {torch.__version__}, before 2.11, needs CUDA itself for the kernels")
+        print("bhyt: a CPU build of torch before 2.11, building for the CPU only", file=sys.stderr)
         return None
     nvcc = shutil.which("nvcc")
     candidates = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"),

@@ -1,4 +1,4 @@
-"""All kernels on a GPU, beside a copy of the same reads and writes, ATen's norms, Inductor, Liger, QuACK and FlashInfer.
+"""All kernels on a GPU, beside a copy with the same reads and writes, ATen, Inductor, Liger, QuACK and FlashInfer.
 
     python benchmarks/bench_cuda.py                     everything, into results/<device>/cuda.json
     python benchmarks/bench_cuda.py --seconds 150       what that time allows, in the order below
@@ -260,7 +260,7 @@ def main() -> None:
     parser.add_argument("--parts", type=commas, default=list(PARTS), help="some of " + ",".join(PARTS))
     parser.add_argument("--ops", type=commas, default=[*OPS, *QUANTIZED])
     parser.add_argument("--dims", type=lambda s: [int(d) for d in s.split(",")], default=None)
-    parser.add_argument("--resume", action="store_true", help="keep what --out has of this commit, and go on from there")
+    parser.add_argument("--resume", action="store_true", help="go on from what --out has of this commit")
     parser.add_argument("--out", help="write here and not into results/<device>/cuda.json")
     options = parser.parse_args()
     if unknown := set(options.parts) - set(PARTS):
@@ -284,7 +284,8 @@ def main() -> None:
     for item in payload["goals"]:
         print(common.goal_line(item))
     if payload["left_out"]:
-        print(f"left out, no time: {len(payload['left_out'])} of {len(chosen)} problems, {payload['left_out'][0]} first")
+        first, count = payload["left_out"][0], len(payload["left_out"])
+        print(f"left out, no time: {count} problems, {first} first")
     if failures := len(payload["failed"]) - len(before["failed"] if before else []):
         parser.exit(1, f"{failures} problems failed\n")
 

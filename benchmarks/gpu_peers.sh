@@ -3,15 +3,15 @@
 #
 #     benchmarks/gpu_peers.sh peers.tar.xz
 #
-# and there PEERS=peers.tar.xz benchmarks/run_gpu.sh OUTDIR. For Python 3.12 on x86-64 beside a torch with Triton; nothing
-# is installed that such a torch has. What a peer needs comes with it, in versions that go together: PACKAGES names others,
-# PYTHON_VERSION another Python. LIMIT_MB, 45, is what the file may have; past it the last peers are left out, with a
-# warning. Packing takes minutes.
+# and there PEERS=peers.tar.xz benchmarks/run_gpu.sh OUTDIR. For Python 3.12 on x86-64, beside a torch with Triton and
+# cuda-python, which are not packed. What else a peer needs comes with it, in versions that go together: PACKAGES names
+# others, PYTHON_VERSION another Python. LIMIT_MB, 50, is what the file may have: a peer that makes it larger is left
+# out, with a warning. Packing takes minutes.
 set -euo pipefail
 OUT=$(realpath -m "${1:?usage: gpu_peers.sh FILE.tar.xz}")
 PYTHON=${PYTHON:-python3}
 PYTHON_VERSION=${PYTHON_VERSION:-3.12}
-LIMIT_MB=${LIMIT_MB:-45}
+LIMIT_MB=${LIMIT_MB:-50}
 # A line per peer, in order of worth. QuACK's compiler is most of it all: 4.3.5 is 58 MB, later ones 95.
 PACKAGES=${PACKAGES:-"liger-kernel==0.8.5
 apache-tvm-ffi==0.1.6 torch-c-dlpack-ext==0.1.4 nvidia-cutlass-dsl==4.3.5 quack-kernels==0.2.4
@@ -31,8 +31,8 @@ while read -r line; do
   read -ra names <<< "$line"
   peer=${names[-1]}
   rm -rf "$work/more" && mkdir "$work/more"
-  if ! "$PYTHON" -m pip install -q --disable-pip-version-check --no-deps --no-compile --only-binary=:all: --target "$work/more" \
-    --implementation cp --python-version "$PYTHON_VERSION" "${platforms[@]}" "${names[@]}"; then
+  if ! "$PYTHON" -m pip install -q --disable-pip-version-check --no-deps --no-compile --only-binary=:all: \
+    --target "$work/more" --implementation cp --python-version "$PYTHON_VERSION" "${platforms[@]}" "${names[@]}"; then
     echo "gpu_peers.sh: WARNING: $peer is left out: pip did not find ${names[*]}" >&2
     continue
   fi

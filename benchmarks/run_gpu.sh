@@ -4,13 +4,13 @@
 #     benchmarks/run_gpu.sh OUTDIR
 #     PEERS=peers.tar.xz benchmarks/run_gpu.sh OUTDIR      with the packages that gpu_peers.sh packed
 #
-# Ends within LIMIT seconds, 530 unless set. Stages come in order of worth, and no stage takes more than the seconds that
-# stand beside it, or than what is left: one that fails or runs out of time is recorded and the next one runs. The
-# benchmarks write after each problem and carry on in the same file. The exit status is the number of failed stages.
-# PYTHON is the interpreter.
+# Ends within LIMIT seconds, 530 unless set. Stages come in order of worth, and none takes more than the seconds beside
+# it, or than what is left: one that fails or runs out of time is recorded and the next one runs. The benchmarks write
+# after each problem and carry on in the same file. The exit status is the number of failed stages. PYTHON is the
+# interpreter.
 set -u
 OUT=$(mkdir -p "${1:?usage: run_gpu.sh OUTDIR}" && cd "$1" && pwd)
-cd "$(dirname "$0")/.."
+cd "$(dirname "$0")/.." || exit
 PYTHON=${PYTHON:-python3}
 LIMIT=${LIMIT:-530}
 END=$(($(date +%s) + LIMIT))
@@ -79,8 +79,9 @@ sanitize() {  # both tools beside each other, the log of the second behind the f
   # Without the caching allocator an access beyond a tensor leaves its allocation.
   export PYTORCH_NO_CUDA_MEMORY_CACHING=1
   local status=0
-  compute-sanitizer --tool racecheck --error-exitcode 1 "$PYTHON" benchmarks/gpu_small_matrix.py > "$OUT/racecheck.log" 2>&1 &
-  compute-sanitizer --tool memcheck --error-exitcode 1 "$PYTHON" benchmarks/gpu_small_matrix.py || status=1
+  local checked=(--error-exitcode 1 "$PYTHON" benchmarks/gpu_small_matrix.py)
+  compute-sanitizer --tool racecheck "${checked[@]}" > "$OUT/racecheck.log" 2>&1 &
+  compute-sanitizer --tool memcheck "${checked[@]}" || status=1
   wait $! || status=1
   cat "$OUT/racecheck.log" && rm "$OUT/racecheck.log"
   return "$status"
@@ -88,7 +89,8 @@ sanitize() {  # both tools beside each other, the log of the second behind the f
 
 # What the stage's time allows, less that of starting and of the last problem.
 benchmark() {
-  "$PYTHON" benchmarks/bench_cuda.py --seconds $((STAGE_END - $(date +%s) - 15)) --out "$OUT/cuda.json" --resume --parts "$1"
+  local seconds=$((STAGE_END - $(date +%s) - 15))
+  "$PYTHON" benchmarks/bench_cuda.py --seconds "$seconds" --out "$OUT/cuda.json" --resume --parts "$1"
 }
 
 benchmark_peers() {

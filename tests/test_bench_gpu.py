@@ -1,5 +1,5 @@
-"""The GPU's benchmarks without one. bench_cuda.py: who is timed, in which order and for how long, its calls on the CPU and
-without its timer. run_gpu.sh: which stage runs when, with commands that do nothing."""
+"""The GPU's benchmarks without one. bench_cuda.py: who is timed, in which order and for how long, its calls on the CPU
+and without its timer. run_gpu.sh: which stage runs when, with commands that do nothing."""
 
 import json
 import math
@@ -31,6 +31,7 @@ def bench(request: pytest.FixtureRequest) -> Any:
         return {name: timing(float(len(name)), 0.0, rounds, 1, "graph") for name in calls}
 
     patch.setattr(module.common_cuda, "DEVICE", "cpu")
+    patch.setattr(module.cuda_providers, "CHUNK", 60 * 64)  # 200 rows in four chunks
     patch.setattr(module.common_cuda, "sets_beyond_l2", lambda moved: 2)
     patch.setattr(module.common_cuda, "interleave", interleave)
     patch.setattr(torch.cuda, "empty_cache", lambda: None)
@@ -211,8 +212,8 @@ def test_formula_is_the_ops(bench: Any) -> None:
 
 # run_gpu.sh -----------------------------------------------------------------------------------------------------------
 
-# Programs that do nothing but say that they were called and, some, let the clock go on. timeout is bash's, which hands on
-# functions.
+# Programs that do nothing but say that they were called and, some, let the clock go on. bash for timeout: it hands
+# functions on.
 FAKE = """#!/bin/sh
 echo "$(basename "$0") $*" >> "$CALLS"
 case "$*" in
@@ -279,7 +280,8 @@ def test_stages_in_order_of_worth(tmp_path: Path) -> None:
 def test_stages_that_fail_or_outlast_the_run(tmp_path: Path) -> None:
     """Failed ones are counted and the next one runs; one stops at its own limit, or with the run; what no time is
     left for is said."""
-    status, stages, calls = run_gpu(tmp_path, LIMIT="300", SLOW='*"-m pytest"*|*bench_cuda*peers', TAKES="90", FAILS="*,decode,*")
+    slow = '*"-m pytest"*|*bench_cuda*peers'
+    status, stages, calls = run_gpu(tmp_path, LIMIT="300", SLOW=slow, TAKES="90", FAILS="*,decode,*")
     outcome = {stage["stage"]: (stage["status"], stage["seconds"]) for stage in stages}
     assert list(outcome) == STAGES and outcome["goals"] == ("failed (3)", 0)
     assert outcome["tests"] == ("passed", 90) and outcome["peers"] == ("passed", 90)
@@ -292,5 +294,6 @@ def test_stages_that_fail_or_outlast_the_run(tmp_path: Path) -> None:
     (tmp_path / "calls").unlink()
     status, stages, calls = run_gpu(tmp_path, LIMIT="100", SLOW='*"-m pip"*', TAKES="95")
     outcome = {stage["stage"]: (stage["status"], stage["seconds"]) for stage in stages}
-    assert outcome["build"] == ("passed", 95) and {outcome[name] for name in STAGES[2:]} == {("not run: no time left", 0)}
+    assert outcome["build"] == ("passed", 95)
+    assert {outcome[name] for name in STAGES[2:]} == {("not run: no time left", 0)}
     assert status == len(STAGES[2:]) and not any("-m pytest" in call for call in calls)

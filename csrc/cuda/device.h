@@ -1,5 +1,5 @@
-// A device as the launchers see it: what it has, and what the code that it runs was compiled for. Plain decisions, tested
-// on the host; device.cu asks the driver.
+// A device as the launchers see it: what it has, and what the code that it runs was compiled for. Plain decisions,
+// tested on the host; device.cu asks the driver.
 #pragma once
 
 #include <mutex>

@@ -56,7 +56,7 @@ void code_decides() {
   for (int capability : {90, 100, 110, 120}) {
     const FakeDriver old{{80, capability}};  // BHYT_CUDA_ARCHS=80 on a newer device
     const Device same = described(old);
-    check(!same.hopper_or_later && old.cluster_questions == 0, "PTX of 8.0 has no clusters, whatever it is compiled for");
+    check(!same.hopper_or_later && old.cluster_questions == 0, "PTX of 8.0 has no clusters, on any device");
     for (int clusters : same.resident_clusters) check(clusters == 0, "and so none is resident");
   }
   check(!described({{80, 80}}).hopper_or_later, "nor has machine code of 8.0");
