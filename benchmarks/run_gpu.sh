@@ -95,8 +95,11 @@ benchmark() {
 
 benchmark_peers() {
   if [ -n "${PEERS:-}" ]; then
-    "$PYTHON" -m tarfile -e "$PEERS" "$OUT/.peers" || return
-    export PYTHONPATH="$OUT/.peers" FLASHINFER_WORKSPACE_BASE="$OUT/.peers"
+    local site=$OUT/.peers path=$OUT/.peers folder
+    "$PYTHON" -m tarfile -e "$PEERS" "$site" || return
+    # Python reads .pth files of its own folders alone.
+    for folder in $(cat "$site"/*.pth 2> /dev/null); do path+=":$site/$folder"; done
+    export PYTHONPATH=$path FLASHINFER_WORKSPACE_BASE=$site
   fi
   benchmark peers
   local status=$?

@@ -215,8 +215,9 @@ def test_formula_is_the_ops(bench: Any) -> None:
 # Programs that do nothing but say that they were called and, some, let the clock go on. bash for timeout: it hands
 # functions on.
 FAKE = """#!/bin/sh
-echo "$(basename "$0") $*" >> "$CALLS"
+echo "$(basename "$0") $* ${PYTHONPATH:+in $PYTHONPATH}" >> "$CALLS"
 case "$*" in
+  *tarfile*) mkdir -p "$5" && echo dsl/packages > "$5/dsl.pth";;
   *device_capability*) echo 90;;
   *xdist*) exit 1;;
   SLOW) echo $(($(cat "$CLOCK") + TAKES)) > "$CLOCK";;
@@ -248,7 +249,7 @@ def run_gpu(tmp_path: Path, **environment: str) -> "tuple[int, list[dict[str, An
     clock.write_text("1000")
     variables = {
         **os.environ, "PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}", "PYTHON": str(tmp_path / "bin/python"),
-        "CALLS": str(calls), "CLOCK": str(clock), "TAKES": "0", **environment,
+        "CALLS": str(calls), "PYTHONPATH": "", "CLOCK": str(clock), "TAKES": "0", **environment,
     }  # fmt: skip
     done = subprocess.run(
         ["bash", str(BENCHMARKS / "run_gpu.sh"), str(tmp_path / "out")],
@@ -269,11 +270,13 @@ def test_stages_in_order_of_worth(tmp_path: Path) -> None:
     assert status == 0 and [stage["stage"] for stage in stages] == STAGES
     assert {stage["status"] for stage in stages} == {"passed"}
     benchmarks = [call for call in calls if "bench_cuda.py" in call]
-    assert [call.split("--parts ")[1] for call in benchmarks] == ["goals,decode,quantized", "peers", "compiled,more"]
+    assert [call.split("--parts ")[1].split()[0] for call in benchmarks] == ["goals,decode,quantized", "peers", "compiled,more"]
     assert all("--resume" in call and "out/cuda.json" in call for call in benchmarks)
     assert [seconds_of(call) for call in benchmarks] == [60, 85, 105]
     at = next(i for i, call in enumerate(calls) if "tarfile -e peers.tar.xz" in call)
-    assert calls[at + 1] == benchmarks[1]
+    site = tmp_path / "out/.peers"
+    assert calls[at + 1] == benchmarks[1] and benchmarks[1].endswith(f" in {site}:{site}/dsl/packages")
+    assert not site.exists() and " in " not in benchmarks[0] + benchmarks[2]
     assert sum("compute-sanitizer" in call for call in calls) == 2
 
 
