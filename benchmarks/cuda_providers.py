@@ -240,16 +240,17 @@ def compiled(op: str, b: Buffers) -> dict[str, Peer]:
 
 
 def through_autograd(function: Function, inputs: list[list[Tensor]], grads: list[tuple[Tensor, ...]]) -> Call:
-    """The backward alone of a graph recorded now, on the current stream; recorded at the set's first call."""
-    outputs: dict[int, Any] = {}
-    leaves: dict[int, list[Tensor]] = {}
+    """The backward alone of a graph recorded at a set's first call on a stream: autograd runs on the forward's."""
+    recorded: dict[Any, tuple[Any, list[Tensor]]] = {}
 
     def call(i: int) -> object:
-        if i not in outputs:
-            leaves[i] = [t.detach().requires_grad_() for t in inputs[i]]
-            result = function(*leaves[i])
-            outputs[i] = result if isinstance(result, tuple) else (result,)
-        return torch.autograd.grad(outputs[i], leaves[i], grads[i], retain_graph=True)
+        key = i, torch.cuda.current_stream() if inputs[i][0].is_cuda else None
+        if key not in recorded:
+            leaves = [t.detach().requires_grad_() for t in inputs[i]]
+            result = function(*leaves)
+            recorded[key] = result if isinstance(result, tuple) else (result,), leaves
+        outputs, leaves = recorded[key]
+        return torch.autograd.grad(outputs, leaves, grads[i], retain_graph=True)
 
     return call
 
