@@ -190,6 +190,7 @@ def test_goals_are_judged_by_size(bench: Any) -> None:
             result(4096, 8192, bhyt=10.0, copy=9.0),
             result(65536, 4096, bhyt=80.0, copy=80.0),
             result(16, 4096, True, bhyt=2.0, empty=1.0, copy=3.0),
+            {**result(16, 4096, True, bhyt=2.0, unquantized=3.0), "op": "forward_quantized"},
         ])
     }  # fmt: skip
     at_25, at_28 = (items[f"exact forward, 2k-64k, {size}, against copy"] for size in ("2^25", "2^28"))
@@ -197,6 +198,8 @@ def test_goals_are_judged_by_size(bench: Any) -> None:
     assert at_28["measured"] == 1.0 and at_28["met"] is True
     assert items["exact forward, 2k-64k, 2^25, against rms"]["measured"] == 0.9
     assert items["decode, at most 1.15x an empty kernel, decode, against empty"]["measured"] == 0.5
+    assert items["quantised, decode, against unquantized"]["measured"] == 1.5
+    assert items["quantised, 2^25, against unquantized"]["measured"] is None
     assert items["exact backward, 1k-8k, 2^25, against copy"]["met"] is None
 
 
