@@ -209,6 +209,8 @@ def main() -> None:
             payload["models"] += [
                 {**key, "provider": name, **check(name, model, preset)} for name, model in variants.items()
             ]
+            # Here and below: a run that is cut short leaves what it has.
+            path = common.write_json("model", payload, device=device, out=args.out)
             compiled = dtype in (args.dtypes or preset.compiled).split(",")
             for mode in args.modes.split(","):
                 if mode == "compiled" and not compiled:
@@ -217,7 +219,6 @@ def main() -> None:
                     record = {**key, **measure(task, mode, variants, preset, args.seconds)}
                     report(record)
                     payload["problems"].append(record)
-                    # Written each time: a run that is cut short leaves what it has.
                     path = common.write_json("model", payload, device=device, out=args.out)
     for name, reason in absent.items():
         print(f"absent: {name}, {reason}")
