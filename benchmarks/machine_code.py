@@ -88,15 +88,15 @@ KERNELS = (
     Kernel("approximate forward fp32",
            "forward_row_in_registers<float, float, float, false, false, 4>", 8, 4, 256, 27.5),
     Kernel("exact backward bf16",
-           "backward_rows_persistent<bf16, bf16, bf16, true, false>", 6, 2, 512, 34.5, 33316, True),
+           "backward_rows_persistent<bf16, bf16, true, false>", 6, 2, 512, 34.5, 33316, True),
     Kernel("exact backward fp32",
-           "backward_rows_persistent<float, float, float, true, false>", 12, 4, 512, 43.5, 33316, True),
+           "backward_rows_persistent<float, float, true, false>", 12, 4, 512, 43.5, 33316, True),
     Kernel("exact backward bf16 on an fp32 stream",
-           "backward_rows_persistent<bf16, float, bf16, true, false>", 10, 4, 512, 47, 33316, True),
+           "backward_rows_persistent<bf16, float, true, false>", 10, 4, 512, 47, 33316, True),
     Kernel("approximate backward bf16",
-           "backward_rows_persistent<bf16, bf16, bf16, false, false>", 6, 2, 512, 31.5, 33316, True),
+           "backward_rows_persistent<bf16, bf16, false, false>", 6, 2, 512, 31.5, 33316, True),
     Kernel("approximate backward fp32",
-           "backward_rows_persistent<float, float, float, false, false>", 12, 4, 512, 40, 33316, True),
+           "backward_rows_persistent<float, float, false, false>", 12, 4, 512, 40, 33316, True),
 )
 # fmt: on
 

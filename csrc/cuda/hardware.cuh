@@ -224,6 +224,9 @@ BHYT_DEVICE void store_words(void* to, const uint32_t* from) {
   }
 }
 
+// Into the cache that all multiprocessors share.
+BHYT_DEVICE void prefetch(const void* from) { asm volatile("prefetch.global.L2 [%0];" ::"l"(from)); }
+
 // A number of 2, 4 or 8 bytes, as bits.
 BHYT_DEVICE void load_scalar(const void* from, int bytes, uint32_t& low, uint32_t& high) {
   if (bytes == 2)

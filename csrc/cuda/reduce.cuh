@@ -34,6 +34,11 @@ BHYT_DEVICE void open_cluster(const Place& place, SumSlots<A>& slots) {
 
 template <class A>
 BHYT_DEVICE A butterfly(A v, int lanes) {
+  if (lanes >= 32) {  // without a test for each step
+#pragma unroll
+    for (int mask = 16; mask > 0; mask /= 2) v = hw::add(v, hw::shuffle_xor(v, mask));
+    return v;
+  }
 #pragma unroll
   for (int mask = 16; mask > 0; mask /= 2)
     if (mask < lanes) v = hw::add(v, hw::shuffle_xor(v, mask));

@@ -452,6 +452,8 @@ void load_words(uint32_t* to, const void* from) {
   std::memcpy(to, from, words * 4);
 }
 
+inline void prefetch(const void*) {}
+
 template <int words>
 void store_words(void* to, const uint32_t* from) {
   check_aligned(to, words * 4);
