@@ -149,7 +149,7 @@ class Code:
     def successors(self, i: int) -> list[int]:
         instruction = self.instructions[i]
         name = instruction.name.split(".")[0]
-        always = instruction.predicate in ("", "@UPT", "@PT") and not re.match(r"U?P\d", instruction.operands)
+        always = instruction.predicate in ("", "@UPT", "@PT") and not re.match(r"!?U?P\d", instruction.operands)
         if name in ("EXIT", "RET") and always:
             return []
         following = [i + 1] if i + 1 < len(self.instructions) else []

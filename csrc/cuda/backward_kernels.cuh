@@ -20,16 +20,11 @@ struct Partials {
   int64_t lam_count = 0;
 };
 
-// x, g and S over one pack; grad_weight's terms are added to `columns`.
-template <class A, class Branch, class Stream, int W>
-BHYT_DEVICE A gradient(const Pack<Stream, W>& x_pack, const Pack<Branch, W>& grad_y, const A* gains, A a, A (&x)[W],
-                       A (&g)[W], A (&columns)[W]) {
+// g and S over one pack; grad_weight's terms are added to `columns`.
+template <class Stream, class A, class Branch, int W>
+BHYT_DEVICE A gradient(const A (&x)[W], const Pack<Branch, W>& grad_y, const A* gains, A a, A (&g)[W],
+                       A (&columns)[W]) {
   A t[W], u[W];
-#pragma unroll
-  for (int j = 0; j < W; ++j) {
-    x[j] = x_pack.template get<A>(j);
-    hw::pin(x[j]);  // or it would be made anew for grad_x
-  }
   tanh_and_slope<sizeof(Stream) == 2>(a, x, t, u);
 #pragma unroll
   for (int j = 0; j < W; ++j) {
@@ -194,7 +189,10 @@ BHYT_KERNEL(kMaxThreads) backward_rows_persistent(const BackwardParams p, const 
     if (turn + 1 < rows) load_statistics();
 #pragma unroll
     for (int k = 0; k < N; ++k) {
-      const A added = gradient(next_x[k], grad_y[k], gains + k * W, scale.a, x[k], g[k], columns[k]);
+      next_x[k].get_all(x[k]);
+#pragma unroll
+      for (int j = 0; j < W; ++j) hw::pin(x[k][j]);  // or it would be made anew for grad_x
+      const A added = gradient<Stream>(x[k], grad_y[k], gains + k * W, scale.a, g[k], columns[k]);
       sum = k == 0 ? added : hw::add(sum, added);
       if (k < next_packs) load_pack(k);
     }
@@ -285,10 +283,10 @@ backward_row_sums(const BackwardParams p, const Constants<Accumulate<Stream>> co
     for (int k = 0; k < ladder.packs; ++k) {
       const int64_t pack = (int64_t(part) * ladder.packs + k) * ladder.threads + at.lane;
       if (!inside || pack >= ladder.row_packs) break;
-      const auto x_pack = Pack<Stream, W>::template load<wide>(x_row, pack * W, p.d);
+      Pack<Stream, W>::template load<wide>(x_row, pack * W, p.d).get_all(x);
       const auto grad_y_pack = Pack<Branch, W>::template load<wide>(grad_y, pack * W, p.d);
       const auto gains = Gains<AnyFloat, A, W>::template load<wide>(p.weight, pack * W, p.d);
-      sum = hw::add(sum, gradient(x_pack, grad_y_pack, gains.values, scale.a, x, g, columns));
+      sum = hw::add(sum, gradient<Stream>(x, grad_y_pack, gains.values, scale.a, g, columns));
     }
     total = hw::add(total, group_sum(sum, ladder, at, slots, part));
   }
@@ -312,13 +310,13 @@ backward_columns(const BackwardParams p, const Constants<Accumulate<Stream>> con
     const auto gains = Gains<AnyFloat, A, W>::template load<wide>(p.weight, pack * W, p.d);
     A columns[W] = {};
     for (int64_t row = hw::block_x(); row < p.rows; row += hw::blocks_x()) {
-      const auto x_pack =
-          StreamPack::template load<wide>(static_cast<const Stream*>(p.x.data) + row * p.x.stride, pack * W, p.d);
+      A x[W], g[W];
+      StreamPack::template load<wide>(static_cast<const Stream*>(p.x.data) + row * p.x.stride, pack * W, p.d)
+          .get_all(x);
       const auto grad_y = Pack<Branch, W>::template load<wide>(
           static_cast<const Branch*>(p.grad_y.data) + row * p.grad_y.stride, pack * W, p.d);
       const Scale<A> scale = scales(static_cast<const A*>(p.variance)[row]);
-      A x[W], g[W];
-      gradient(x_pack, grad_y, gains.values, scale.a, x, g, columns);
+      gradient<Stream>(x, grad_y, gains.values, scale.a, g, columns);
       if (p.grad_x == nullptr) continue;
       const A dv = exact && p.grad_variance ? static_cast<const A*>(p.grad_variance)[row] : A(0);
       const A c = exact ? factor_of_x(constants, scale, out.row_sums[row], dv) : A(0);
