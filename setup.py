@@ -1,12 +1,14 @@
 """Builds the op library `bhyt/_ops`, for the torch in this environment.
 
 BHYT_CUDA=1 demands the CUDA kernels, BHYT_CUDA=0 leaves them out; unset, they are built when nvcc is found, whether or
-not a GPU is visible. BHYT_CUDA_ARCHS="90" builds for fewer architectures. BHYT_CXXFLAGS are added last, for sanitizers
-and quick builds. MAX_JOBS bounds parallel compilation.
+not a GPU is visible. BHYT_CUDA_ARCHS="80 90" names the architectures to build for; unset, each generation that this
+nvcc knows. BHYT_CXXFLAGS are added last, for sanitizers and quick builds. MAX_JOBS bounds parallel compilation.
 """
 
 import os
+import re
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -17,18 +19,22 @@ from torch.utils.cpp_extension import BuildExtension, CppExtension
 
 ROOT = Path(__file__).parent
 OLDEST_TORCH = (2, 7)
-if tuple(map(int, torch.__version__.split(".")[:2])) < OLDEST_TORCH:
+TORCH = tuple(map(int, torch.__version__.split(".")[:2]))
+if TORCH < OLDEST_TORCH:
     sys.exit(f"bhyt: needs torch {'.'.join(map(str, OLDEST_TORCH))} or newer, found {torch.__version__}")
 # A translation unit with torch headers takes up to 1 GB to compile: four at a time stay within 4 GB.
 os.environ.setdefault("MAX_JOBS", str(min(4, os.cpu_count() or 1)))
-# Real machine code for each generation, and PTX of the newest for those to come.
-CUDA_ARCHS = os.environ.get("BHYT_CUDA_ARCHS", "80 90 100 120").split()
+STREAM_HANDLES = TORCH >= (2, 11)  # c10 gives out a stream's handle; before, only the CUDA part of torch did
 
 
 def cuda_home():
     """The toolkit to build with, or None for a CPU build."""
     wanted = os.environ.get("BHYT_CUDA", "")
     if wanted == "0":
+        return None
+    if not STREAM_HANDLES and torch.version.cuda is None:
+        if wanted == "1":
+            sys.exit(f"bhyt: BHYT_CUDA=1 with torch {torch.__version__}: before 2.11 the CUDA kernels need a torch with CUDA")
         return None
     nvcc = shutil.which("nvcc")
     candidates = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"),
@@ -41,6 +47,22 @@ def cuda_home():
         sys.exit("bhyt: BHYT_CUDA=1 asks for the CUDA kernels, but nvcc was not found: set CUDA_HOME")
     print("bhyt: nvcc not found, building for the CPU only", file=sys.stderr)
     return None
+
+
+def cuda_targets(home):
+    """(architectures to make machine code for, the one to keep as PTX), of those that the toolkit knows."""
+    nvcc = str(Path(home) / "bin" / "nvcc")
+    done = subprocess.run([nvcc, "--list-gpu-arch"], capture_output=True, text=True)
+    known = re.findall(r"compute_(\d+)", done.stdout)
+    wanted = os.environ.get("BHYT_CUDA_ARCHS", "80 90 100 110 120").split()
+    unknown = [arch for arch in wanted if arch not in known]
+    if unknown and (asked := os.environ.get("BHYT_CUDA_ARCHS")):
+        sys.exit(f'bhyt: BHYT_CUDA_ARCHS="{asked}": {nvcc} has no {" ".join(unknown)}; it has {" ".join(known)}')
+    archs = sorted({arch for arch in wanted if arch in known}, key=int)
+    if not archs:
+        sys.exit(f"bhyt: {nvcc} has none of the architectures {' '.join(wanted)}; BHYT_CUDA=0 builds for the CPU only")
+    # PTX of 100 runs on all that came later: on 110 too where the toolkit is older than that name, unlike PTX of 120.
+    return archs, "100" if "100" in archs else archs[-1]
 
 
 # -fopenmp only when compiling: at::parallel_for then uses the OpenMP runtime that torch has loaded, and no second one
@@ -66,17 +88,18 @@ def extension():
     # A CppExtension, not a CUDAExtension: this also builds, and is tested, where torch itself is a CPU build. The CUDA
     # runtime is linked in; the kernels know nothing of torch.
     cpp_extension.CUDA_HOME = home
-    archs = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in CUDA_ARCHS]
-    archs.append(f"-gencode=arch=compute_{CUDA_ARCHS[-1]},code=compute_{CUDA_ARCHS[-1]}")
+    archs, ptx = cuda_targets(home)
+    targets = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in archs]
+    targets.append(f"-gencode=arch=compute_{ptx},code=compute_{ptx}")
     return CppExtension(
         "bhyt._ops",
         sources("csrc/*.cpp", "csrc/cpu/*.cpp", "csrc/cuda/*.cpp", "csrc/cuda/*.cu"),
         include_dirs=[str(ROOT / "csrc"), str(Path(home) / "include")],
         library_dirs=[str(Path(home) / folder) for folder in ("lib64", "lib") if (Path(home) / folder).is_dir()],
-        libraries=["cudart_static", "rt", "dl", "pthread"],
+        libraries=["cudart_static", "rt", "dl", "pthread", *([] if STREAM_HANDLES else ["c10_cuda"])],
         py_limited_api=True,
         define_macros=[("BHYT_CUDA", None)],
-        extra_compile_args={"cxx": CXX_FLAGS, "nvcc": [*NVCC_FLAGS, *archs]},
+        extra_compile_args={"cxx": CXX_FLAGS, "nvcc": [*NVCC_FLAGS, *targets]},
     )
 
 

@@ -10,6 +10,7 @@ from typing import Any, Callable, Mapping, Optional
 import common
 import torch
 
+DEVICE = "cuda"
 # Milliseconds of work per sample: long against the few microseconds by which two events are off.
 SAMPLE_MS = 0.5
 
@@ -106,9 +107,12 @@ class _Runner:
 
 
 def interleave(
-    calls: Mapping[str, Callable[[int], object]], *, sets: int, rounds: int = 15
+    calls: Mapping[str, Callable[[int], object]], *, sets: int, rounds: int = 9, failures: dict[str, str]
 ) -> dict[str, Timing]:
-    """Time all providers of one problem in turn, round after round, so that clock changes hit them alike."""
+    """Time all providers of one problem in turn, round after round, so that clock changes hit them alike.
+
+    A provider that fails is named in `failures`; the others go on.
+    """
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     gc.collect()
@@ -119,7 +123,7 @@ def interleave(
             try:
                 runners[name] = _Runner(call, sets, stream)
             except Exception as error:
-                print(f"    {name} failed: {str(error).splitlines()[0][:120]}")
+                failures[name] = f"{type(error).__name__}: {error}".splitlines()[0][:200]
                 torch.cuda.synchronize()
         for _ in range(rounds):
             for name, runner in runners.items():

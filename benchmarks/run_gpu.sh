@@ -2,31 +2,46 @@
 # One command on a machine with a GPU: build, test, sanitize, benchmark. Results, logs and stages.json go to OUTDIR.
 #
 #     benchmarks/run_gpu.sh OUTDIR
+#     PEERS=peers.tar.xz benchmarks/run_gpu.sh OUTDIR      with the packages that gpu_peers.sh packed
 #
-# Made to end within 9 minutes on an H100. A stage that fails or runs out of its time is recorded and the next one runs;
-# the exit status is the number of failed stages. LIMIT sets the seconds for all, PYTHON the interpreter.
+# Ends within LIMIT seconds, 530 unless set. Stages come in order of worth, and no stage takes more than the seconds that
+# stand beside it, or than what is left: one that fails or runs out of time is recorded and the next one runs. The
+# benchmarks write after each problem and carry on in the same file. The exit status is the number of failed stages.
+# PYTHON is the interpreter.
 set -u
 OUT=$(mkdir -p "${1:?usage: run_gpu.sh OUTDIR}" && cd "$1" && pwd)
 cd "$(dirname "$0")/.."
 PYTHON=${PYTHON:-python3}
 LIMIT=${LIMIT:-530}
-START=$SECONDS
+END=$(($(date +%s) + LIMIT))
 failed=0
+export OUT PYTHON
 if ! nvidia-smi > /dev/null 2>&1; then
   echo "run_gpu.sh: no NVIDIA GPU here" >&2
   exit 100
 fi
 : > "$OUT/stages.txt"
+commit=$(git rev-parse HEAD 2> /dev/null)
+
+record() {  # name, status, seconds: a line, and all of them as JSON
+  printf '%s\t%s\t%s\n' "$@" | tee -a "$OUT/stages.txt"
+  awk -F '\t' -v commit="$commit" '
+    BEGIN { printf "{\"commit\": \"%s\", \"stages\": [", commit }
+    { printf "%s\n {\"stage\": \"%s\", \"status\": \"%s\", \"seconds\": %d}", (NR > 1 ? "," : ""), $1, $2, $3 }
+    END { print "\n]}" }' "$OUT/stages.txt" > "$OUT/stages.json"
+}
 
 stage() {  # name, seconds, command...
-  local name=$1 seconds=$2 left=$((LIMIT - SECONDS + START)) began=$SECONDS status
+  local name=$1 seconds=$2 began left status
   shift 2
+  began=$(date +%s)
+  left=$((END - began))
   [ "$left" -lt "$seconds" ] && seconds=$left
   if [ "$seconds" -le 5 ]; then
     status="not run: no time left"
     failed=$((failed + 1))
   else
-    timeout --kill-after=5 "$seconds" "$@" > "$OUT/$name.log" 2>&1
+    STAGE_END=$((began + seconds)) timeout --kill-after=5 "$seconds" "$@" > "$OUT/$name.log" 2>&1
     status=$?
     case $status in
       0) status=passed ;;
@@ -34,7 +49,7 @@ stage() {  # name, seconds, command...
       *) status="failed ($status)"; failed=$((failed + 1)) ;;
     esac
   fi
-  printf '%s\t%s\t%s\n' "$name" "$status" "$((SECONDS - began))" | tee -a "$OUT/stages.txt"
+  record "$name" "$status" "$(($(date +%s) - began))"
   [ "$status" = passed ] || tail -n 5 "$OUT/$name.log" 2> /dev/null
 }
 
@@ -51,50 +66,62 @@ build() {
   "$PYTHON" -m pip install --no-build-isolation --no-deps --verbose .
 }
 
-kernels_are_registered() {
-  "$PYTHON" -P - << 'PY'
+quick_check() {  # the kernels are there, and right in 48 outputs and gradients
+  "$PYTHON" -P - << 'PY' || return
 import bhyt, torch
 for op in ("forward", "forward_approx", "add_forward", "add_forward_approx", "backward", "backward_approx"):
     assert torch._C._dispatch_has_kernel_for_dispatch_key(f"bhyt::{op}", "CUDA"), op
-y, v = torch.ops.bhyt.forward(torch.randn(4, 64, device="cuda"), None, torch.ones(1, device="cuda"))
-print(bhyt.__file__, y.isfinite().all().item(), v.flatten().tolist())
 PY
+  "$PYTHON" -P -m bhyt
 }
 
-sanitize() {
+sanitize() {  # both tools beside each other, the log of the second behind the first's
   # Without the caching allocator an access beyond a tensor leaves its allocation.
-  PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool "$1" --error-exitcode 1 \
-    "$PYTHON" benchmarks/gpu_small_matrix.py
+  export PYTORCH_NO_CUDA_MEMORY_CACHING=1
+  local status=0
+  compute-sanitizer --tool racecheck --error-exitcode 1 "$PYTHON" benchmarks/gpu_small_matrix.py > "$OUT/racecheck.log" 2>&1 &
+  compute-sanitizer --tool memcheck --error-exitcode 1 "$PYTHON" benchmarks/gpu_small_matrix.py || status=1
+  wait $! || status=1
+  cat "$OUT/racecheck.log" && rm "$OUT/racecheck.log"
+  return "$status"
 }
-export -f device_facts build kernels_are_registered sanitize
-export PYTHON
+
+# What the stage's time allows, less that of starting and of the last problem.
+benchmark() {
+  "$PYTHON" benchmarks/bench_cuda.py --seconds $((STAGE_END - $(date +%s) - 15)) --out "$OUT/cuda.json" --resume --parts "$1"
+}
+
+benchmark_peers() {
+  if [ -n "${PEERS:-}" ]; then
+    "$PYTHON" -m tarfile -e "$PEERS" "$OUT/.peers" || return
+    export PYTHONPATH="$OUT/.peers" FLASHINFER_WORKSPACE_BASE="$OUT/.peers"
+  fi
+  benchmark peers
+  local status=$?
+  rm -rf "$OUT/.peers"
+  return "$status"
+}
+
+export -f device_facts build quick_check sanitize benchmark benchmark_peers
 
 parallel=""
 "$PYTHON" -c 'import xdist' 2> /dev/null && parallel="-n 4"
+rm -f "$OUT/cuda.json"
 stage device 30 bash -c device_facts
-stage build 200 bash -c build
-stage registered 60 bash -c kernels_are_registered
+stage build 180 bash -c build
+stage check 40 bash -c quick_check
+stage goals 75 bash -c "benchmark goals,decode,quantized"
 # -P: the installed package, not the folder that lies here.
 # shellcheck disable=SC2086
-stage tests 150 "$PYTHON" -P -m pytest -q -m "not slow" -k "cuda and not host" $parallel tests
-stage tests_slow 60 "$PYTHON" -P -m pytest -q -m slow -k "cuda and not host" tests
-stage memcheck 60 bash -c "sanitize memcheck"
-stage racecheck 60 bash -c "sanitize racecheck"
-stage benchmarks 240 "$PYTHON" benchmarks/bench_cuda.py --out "$OUT/cuda.json"
+stage tests 120 "$PYTHON" -P -m pytest -q -m "not slow" -k "cuda and not host" $parallel tests
+stage peers 100 bash -c benchmark_peers
+stage sanitizers 60 bash -c sanitize
+stage tests_slow 45 "$PYTHON" -P -m pytest -q -m slow -k "cuda and not host" tests
 stage compile 60 "$PYTHON" benchmarks/bench_compile.py --device cuda --dtypes bf16 --dim 2048 --heads 16 --kv-heads 4 \
-  --length 2048 --seconds 5 --out "$OUT/compile.json"
-# Compiling nine models of 16 layers takes longer than all of this: by hand, without --modes.
+  --length 2048 --seconds 3 --out "$OUT/compile.json"
+# All variants, compiled ones too, take longer than all of this: by hand, without --modes and --providers.
 "$PYTHON" -c 'import transformers' 2> /dev/null &&
-  stage model 90 "$PYTHON" benchmarks/bench_model.py --device cuda --preset 374m --modes eager --seconds 15 \
-    --out "$OUT/model.json"
-
-"$PYTHON" - "$OUT" << 'PY'
-import json, subprocess, sys
-from pathlib import Path
-out = Path(sys.argv[1])
-rows = [line.split("\t") for line in (out / "stages.txt").read_text().splitlines()]
-git = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True)
-stages = [{"stage": name, "status": status, "seconds": int(seconds)} for name, status, seconds in rows]
-(out / "stages.json").write_text(json.dumps({"commit": git.stdout.strip() or None, "stages": stages}, indent=1) + "\n")
-PY
+  stage model 70 "$PYTHON" benchmarks/bench_model.py --device cuda --preset 374m --modes eager --seconds 5 \
+    --providers "BHyT exact;BHyT" --out "$OUT/model.json"
+stage more 120 bash -c "benchmark compiled,more"
 exit "$failed"

@@ -13,20 +13,36 @@ from torch import Tensor
 import bhyt
 
 
+def _cuda_kernels(build: Dict[str, str]) -> str:
+    """What was compiled, and with which CUDA, beside what the driver supports."""
+    if not build["cuda_archs"]:
+        return "not built"
+    text = f"{build['cuda_archs']}; CUDA {build['cuda_runtime']}, driver for CUDA {build['cuda_driver']}"
+    return f"{text}: {build['cuda_problem']}" if build["cuda_problem"] else text
+
+
+def _gpu(i: int, built: bool) -> str:
+    """A device's name, and what the kernels that run on it were compiled for."""
+    properties = torch.cuda.get_device_properties(i)
+    text = f"cuda:{i} {properties.name} sm_{properties.major}{properties.minor}"
+    if not built:
+        return text
+    try:
+        return f"{text} ({torch.ops.bhyt.cuda_code(i)})"
+    except RuntimeError as error:
+        return f"{text} ({str(error).splitlines()[0]})"
+
+
 def facts() -> Dict[str, str]:
     """Versions, build and devices, ready to print."""
     build = torch.ops.bhyt.build_info()
-    gpus = [
-        f"cuda:{i} {properties.name} sm_{properties.major}{properties.minor}"
-        for i in range(torch.cuda.device_count())
-        for properties in [torch.cuda.get_device_properties(i)]
-    ]
+    gpus = [_gpu(i, bool(build["cuda_archs"])) for i in range(torch.cuda.device_count())]
     return {
         "bhyt": f"{bhyt.__version__}, {bhyt.library_path()}",
         "torch": f"{torch.__version__}, bhyt built for {build['torch']} with {build['compiler']}",
         "python": f"{platform.python_version()}, {platform.platform()}",
         "CPU kernels": f"{build['cpu_tier']}; this CPU runs {build['cpu_tiers']}; {torch.get_num_threads()} threads",
-        "CUDA kernels": build["cuda_archs"] or "not built",
+        "CUDA kernels": _cuda_kernels(build),
         "CUDA of torch": torch.version.cuda or "none",
         "GPUs": ", ".join(gpus) or "none",
     }
@@ -77,7 +93,12 @@ def main() -> int:
         print(f"{name + ':':15}{value}")
     failed = 0
     for device in devices():
-        checks = list(self_check(device))
+        try:
+            checks = list(self_check(device))
+        except RuntimeError as error:
+            failed += 1
+            print(f"{'self-check:':15}{device} FAILED: {str(error).splitlines()[0]}")
+            continue
         wrong = [check for check in checks if not check[1] <= check[2]]
         failed += len(wrong)
         print(f"{'self-check:':15}{device} {len(checks) - len(wrong)} of {len(checks)} within bounds")

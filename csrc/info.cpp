@@ -7,7 +7,7 @@
 
 #include "cpu/kernels.h"
 #ifdef BHYT_CUDA
-#include "cuda/launch.h"
+#include "cuda/device.h"
 #endif
 
 namespace {
@@ -19,7 +19,8 @@ constexpr const char* kCompiler = "GCC " __VERSION__;
 #endif
 
 // torch: the version of the headers; compiler; cpu_tiers: those this CPU runs; cpu_tier: the one in use; cuda_archs: of
-// the machine code within, empty for a build without CUDA.
+// the machine code within; cuda_runtime: the version linked in; cuda_driver: the newest one that the driver supports, or
+// "none"; cuda_problem: why the two do not go together. A build without CUDA has cuda_archs alone, empty.
 c10::Dict<std::string, std::string> build_info() {
   c10::Dict<std::string, std::string> info;
   info.insert("torch", TORCH_VERSION);
@@ -29,7 +30,11 @@ c10::Dict<std::string, std::string> build_info() {
   info.insert("cpu_tiers", tiers);
   info.insert("cpu_tier", bhyt::cpu::kernels_for(at::get_cpu_capability().c_str()).name);
 #ifdef BHYT_CUDA
+  const bhyt::cuda::Versions versions = bhyt::cuda::versions();
   info.insert("cuda_archs", bhyt::cuda::archs());
+  info.insert("cuda_runtime", bhyt::cuda::version_text(versions.runtime));
+  info.insert("cuda_driver", bhyt::cuda::version_text(versions.driver));
+  info.insert("cuda_problem", bhyt::cuda::driver_problem(versions));
 #else
   info.insert("cuda_archs", "");
 #endif

@@ -41,7 +41,7 @@ def architectures() -> list[str]:
     if asked := os.environ.get("BHYT_CUDA_ARCHS"):
         return asked.split()
     match = re.search(r'"BHYT_CUDA_ARCHS", "([\d ]+)"', (ROOT / "setup.py").read_text())
-    assert match, "setup.py: CUDA_ARCHS"
+    assert match, "setup.py: cuda_targets"
     return match.group(1).split()
 
 

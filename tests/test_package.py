@@ -25,7 +25,7 @@ TORCH_FREE = (
     "csrc/cpu/tier.h",
     "csrc/cuda/*.cu",
     "csrc/cuda/*.cuh",
-    "csrc/cuda/launch.h",
+    "csrc/cuda/*.h",
 )
 
 

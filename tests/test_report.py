@@ -3,6 +3,8 @@
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Callable, Dict, Iterator, NamedTuple, Tuple
 
 import pytest
 import torch
@@ -42,3 +44,59 @@ def test_self_check_finds_a_wrong_kernel(
     monkeypatch.setattr(bhyt.functional, "forward_approx", wrong)
     assert report.main() == 1
     assert "WRONG: cpu float32 forward_approx" in capsys.readouterr().out
+
+
+class Gpu(NamedTuple):
+    name: str
+    major: int
+    minor: int
+
+
+def facts_with(monkeypatch: pytest.MonkeyPatch, code: Callable[[int], str], **build: str) -> Dict[str, str]:
+    """The report of a build for CUDA 13.0 on a machine with an H100."""
+    own = torch.ops.bhyt.build_info()
+    fake = {**own, "cuda_archs": "sm_80", "cuda_runtime": "13.0", "cuda_driver": "13.0", "cuda_problem": "", **build}
+    ops = SimpleNamespace(bhyt=SimpleNamespace(build_info=lambda: fake, cuda_code=code))
+    monkeypatch.setattr(report.torch, "ops", ops)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda i: Gpu("NVIDIA H100", 9, 0))
+    return report.facts()
+
+
+def test_report_names_the_code_that_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A build for 8.0 on 9.0, as tests/cpp/test_cuda_device.cpp has it; a device without code is an entry too."""
+    code = "PTX of compute_80, compiled for sm_90 when loaded: no clusters, long rows are slower"
+    facts = facts_with(monkeypatch, lambda i: code)
+    assert facts["GPUs"] == f"cuda:0 NVIDIA H100 sm_90 ({code})"
+    assert facts["CUDA kernels"] == "sm_80; CUDA 13.0, driver for CUDA 13.0"
+
+    def none(i: int) -> str:
+        raise RuntimeError("bhyt: no kernels for device cuda:0\nand a stack")
+
+    assert facts_with(monkeypatch, none)["GPUs"].endswith("sm_90 (bhyt: no kernels for device cuda:0)")
+
+
+def test_report_of_an_old_driver(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both versions, and what to do."""
+    problem = "built with CUDA 13.0, but the driver supports CUDA 12.8: update the driver"
+    facts = facts_with(monkeypatch, lambda i: "", cuda_driver="12.8", cuda_problem=problem)
+    assert facts["CUDA kernels"] == f"sm_80; CUDA 13.0, driver for CUDA 12.8: {problem}"
+
+
+def test_report_goes_on_after_a_device_that_fails(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The devices behind it are checked, and the exit status says that one failed."""
+    right = report.self_check
+
+    def check(device: str) -> Iterator[Tuple[str, float, float]]:
+        if device == "cuda:0":
+            raise RuntimeError("bhyt: no kernels for device cuda:0\nand a stack")
+        yield from right("cpu")
+
+    monkeypatch.setattr(report, "self_check", check)
+    monkeypatch.setattr(report, "devices", lambda: ["cuda:0", "cpu"])
+    assert report.main() == 1
+    out = capsys.readouterr().out
+    assert "cuda:0 FAILED: bhyt: no kernels for device cuda:0\n" in out
+    assert "within bounds" in out.split("FAILED")[1]

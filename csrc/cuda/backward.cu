@@ -143,36 +143,11 @@ cudaError_t run_sums(const BackwardParams& p, const Plan& plan, const Partials<A
 }  // namespace
 
 #ifdef __CUDACC__
-cudaError_t describe(int index, Device* device) {
-  Device found;
-  found.index = index;
+ClusterKernel cluster_kernel() {
   const auto kernel = backward_rows_persistent<bf16, bf16, true, false>;
-  cudaFuncAttributes code;
-  cudaError_t error = cudaDeviceGetAttribute(&found.multiprocessors, cudaDevAttrMultiProcessorCount, index);
-  if (error == cudaSuccess) error = cudaFuncGetAttributes(&code, kernel);
-  if (error != cudaSuccess) return error;
-  // Not the device's: code for older ones, compiled anew for this one when loaded, has neither.
-  found.hopper_or_later = code.ptxVersion >= 90;
-  if (found.hopper_or_later) {
-    cudaLaunchAttribute cluster;
-    cluster.id = cudaLaunchAttributeClusterDimension;
-    cudaLaunchConfig_t config = {};
-    config.blockDim = dim3(kMaxThreads);
-    Ladder ladder;
-    ladder.threads = kMaxThreads;
-    config.dynamicSmemBytes = persistent_shared_bytes(ladder);
-    config.attrs = &cluster;
-    config.numAttrs = 1;
-    for (int i = 1; error == cudaSuccess && i < kClusterSizes; ++i) {
-      cluster.val.clusterDim = {1, 1u << i, 1};
-      config.gridDim = dim3(found.multiprocessors, 1u << i);
-      error = cudaOccupancyMaxActiveClusters(&found.resident_clusters[i], kernel, &config);
-      if (error == cudaErrorInvalidClusterSize) error = cudaSuccess, found.resident_clusters[i] = 0;
-    }
-    cudaGetLastError();
-  }
-  if (error == cudaSuccess) *device = found;
-  return error;
+  Ladder ladder;
+  ladder.threads = kMaxThreads;
+  return {reinterpret_cast<const void*>(kernel), kMaxThreads, persistent_shared_bytes(ladder)};
 }
 #endif
 

@@ -7,7 +7,7 @@
 #include <torch/version.h>
 
 #include <array>
-#include <mutex>
+#include <string>
 
 #include "../binding.h"
 #include "launch.h"
@@ -33,7 +33,11 @@ void check(cudaError_t error, int index) {
                 ", compute capability ", known ? properties.major : 0, ".", known ? properties.minor : 0,
                 "): this build has ", cuda::archs(), "; build bhyt from source for it");
   }
-  TORCH_CHECK(false, "bhyt: device cuda:", index, ": ", cudaGetErrorString(error));
+  std::string problem;
+  if (error == cudaErrorInsufficientDriver) problem = cuda::driver_problem(cuda::versions());
+  if (error == cudaErrorUnsupportedPtxVersion) problem = cuda::ptx_problem(cuda::versions());
+  if (problem.empty()) problem = cudaGetErrorString(error);
+  TORCH_CHECK(false, "bhyt: device cuda:", index, ": ", problem);
 }
 
 // This library has a CUDA runtime of its own, beside torch's: both follow the thread's current device, which torch's
@@ -44,34 +48,42 @@ void make_current(int index) {
   check(cudaSetDevice(index), index);
 }
 
-// The device of x, current from here on; the driver is asked about it once.
-const cuda::Device& use_device_of(const Tensor& x) {
+// Current from here on; the driver is asked about it once.
+const cuda::Device& use_device(const c10::Device& wanted) {
   constexpr int kMost = 64;
-  static std::array<std::once_flag, kMost> asked;
-  static std::array<cuda::Device, kMost> known;
-  const int index = x.device().index();
-  TORCH_CHECK(index >= 0 && index < kMost, "bhyt: x: expected device cuda:0 .. cuda:", kMost - 1, ", got ",
-              x.device());
+  static std::array<cuda::Description, kMost> descriptions;
+  const int index = wanted.index();
+  TORCH_CHECK(index >= 0 && index < kMost, "bhyt: x: expected device cuda:0 .. cuda:", kMost - 1, ", got ", wanted);
   make_current(index);
-  std::call_once(asked[index], [index] { check(cuda::describe(index, &known[index]), index); });
-  return known[index];
+  const cuda::Device* device = nullptr;
+  check(descriptions[index].get([&](cuda::Device* found) { return cuda::describe(index, found); }, &device), index);
+  return *device;
 }
 
 void run_forward(const ForwardParams& p, const Tensor& x) {
   const c10::DeviceGuard guard(x.device());
-  const cuda::Device& device = use_device_of(x);
+  const cuda::Device& device = use_device(x.device());
   check(cuda::forward(p, device, BHYT_STREAM_OF(x.device())), device.index);
 }
 
 void run_backward(const BackwardParams& p, const Tensor& x) {
   const c10::DeviceGuard guard(x.device());
-  const cuda::Device& device = use_device_of(x);
+  const cuda::Device& device = use_device(x.device());
   const int64_t bytes = cuda::backward_workspace(p, device);
   const Tensor workspace = at::empty({bytes}, x.options().dtype(at::kByte));
   check(cuda::backward(p, workspace.mutable_data_ptr(), device, BHYT_STREAM_OF(x.device())), device.index);
 }
 
+// What the kernels on this device were compiled for.
+std::string cuda_code(int64_t index) {
+  const c10::Device device(c10::kCUDA, static_cast<c10::DeviceIndex>(index));
+  const c10::DeviceGuard guard(device);
+  return cuda::text(use_device(device).code);
+}
+
 }  // namespace
+
+TORCH_LIBRARY_FRAGMENT(bhyt, m) { m.def("cuda_code(int device) -> str", cuda_code); }
 
 TORCH_LIBRARY_IMPL(bhyt, CUDA, m) {
   using Ops = DeviceOps<run_forward, run_backward>;

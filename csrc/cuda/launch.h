@@ -1,30 +1,10 @@
 // What bhyt_cuda.cpp calls. No torch here or below.
 #pragma once
 
-#include <string>
-
-#ifdef BHYT_SIMT  // on the host, for tests: tests/cpp/simt.h
-#include "simt.h"
-#else
-#include <cuda_runtime_api.h>
-#endif
-
 #include "../params.h"
+#include "device.h"
 
 namespace bhyt::cuda {
-
-constexpr int kClusterSizes = 4;  // 1, 2, 4, 8 blocks
-
-struct Device {
-  int index = 0;
-  int multiprocessors = 1;
-  bool hopper_or_later = false;  // has clusters and programmatic dependent launch, and so has the code it runs
-  // How many clusters of 2^i blocks run at once, each block with a multiprocessor to itself; 0: none can.
-  int resident_clusters[kClusterSizes] = {};
-};
-
-// Asks the driver about the current device, which is `index`.
-cudaError_t describe(int index, Device* device);
 
 cudaError_t forward(const ForwardParams& p, const Device& device, cudaStream_t stream);
 
@@ -32,7 +12,12 @@ cudaError_t forward(const ForwardParams& p, const Device& device, cudaStream_t s
 int64_t backward_workspace(const BackwardParams& p, const Device& device);
 cudaError_t backward(const BackwardParams& p, void* workspace, const Device& device, cudaStream_t stream);
 
-// The architectures compiled in, e.g. "sm_80 sm_90".
-std::string archs();
+// The kernel that asks for most of a multiprocessor: the clusters of it that run at once are resident_clusters.
+struct ClusterKernel {
+  const void* function;
+  int threads;
+  int64_t shared_bytes;
+};
+ClusterKernel cluster_kernel();
 
 }  // namespace bhyt::cuda

@@ -1,0 +1,74 @@
+#include "device.h"
+
+#include <algorithm>
+
+#include "launch.h"
+
+#define BHYT_TEXT(...) #__VA_ARGS__
+#define BHYT_EXPANDED_TEXT(...) BHYT_TEXT(__VA_ARGS__)
+
+namespace bhyt::cuda {
+namespace {
+
+// The questions of describe(), put to the CUDA runtime about its current device.
+struct Runtime {
+  ClusterKernel kernel = cluster_kernel();
+
+  cudaError_t multiprocessors(int index, int* count) const {
+    return cudaDeviceGetAttribute(count, cudaDevAttrMultiProcessorCount, index);
+  }
+
+  cudaError_t code(Code* found) const {
+    cudaFuncAttributes attributes;
+    const cudaError_t error = cudaFuncGetAttributes(&attributes, kernel.function);
+    if (error == cudaSuccess) *found = {attributes.ptxVersion, attributes.binaryVersion};
+    return error;
+  }
+
+  cudaError_t resident_clusters(int size, int multiprocessors, int* count) const {
+    cudaLaunchAttribute cluster;
+    cluster.id = cudaLaunchAttributeClusterDimension;
+    cluster.val.clusterDim = {1, static_cast<unsigned>(size), 1};
+    cudaLaunchConfig_t config = {};
+    config.gridDim = dim3(multiprocessors, size);
+    config.blockDim = dim3(kernel.threads);
+    config.dynamicSmemBytes = kernel.shared_bytes;
+    config.attrs = &cluster;
+    config.numAttrs = 1;
+    const cudaError_t error = cudaOccupancyMaxActiveClusters(count, kernel.function, &config);
+    if (error != cudaErrorInvalidClusterSize) return error;
+    *count = 0;
+    return cudaSuccess;
+  }
+};
+
+}  // namespace
+
+cudaError_t describe(int index, Device* device) {
+  const cudaError_t error = describe(Runtime(), index, device);
+  cudaGetLastError();  // reported here; nothing is left for the next call to find
+  return error;
+}
+
+Versions versions() {
+  Versions v;
+  cudaRuntimeGetVersion(&v.runtime);
+  cudaDriverGetVersion(&v.driver);
+  return v;
+}
+
+std::string archs() {
+  std::string names;
+#ifdef __CUDA_ARCH_LIST__  // "800,900,1000": nvcc's own record of what it was asked for
+  const std::string list = BHYT_EXPANDED_TEXT(__CUDA_ARCH_LIST__);
+  for (size_t from = 0; from < list.size();) {
+    const size_t to = std::min(list.find(',', from), list.size());
+    if (!names.empty()) names += ' ';
+    names += "sm_" + list.substr(from, to - from - 1);
+    from = to + 1;
+  }
+#endif
+  return names;
+}
+
+}  // namespace bhyt::cuda
