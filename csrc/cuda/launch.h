@@ -27,6 +27,7 @@ struct Device {
 cudaError_t describe(int index, Device* device);
 
 cudaError_t forward(const ForwardParams& p, const Device& device, cudaStream_t stream);
+cudaError_t forward_quantized(const ForwardParams& p, const Device& device, cudaStream_t stream);
 
 // `workspace`: backward_workspace(p, device) bytes of scratch, aligned to 16.
 int64_t backward_workspace(const BackwardParams& p, const Device& device);

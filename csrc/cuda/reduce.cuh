@@ -32,11 +32,17 @@ BHYT_DEVICE void open_cluster(const Place& place, SumSlots<A>& slots) {
   hw::cluster_arrive();
 }
 
+template <int first_mask = 16, class A>
+BHYT_DEVICE A butterfly(A v) {
+#pragma unroll
+  for (int mask = first_mask; mask > 0; mask /= 2) v = hw::add(v, hw::shuffle_xor(v, mask));
+  return v;
+}
+
+// Over fewer lanes than a warp has.
 template <class A>
 BHYT_DEVICE A butterfly(A v, int lanes) {
-#pragma unroll
-  for (int mask = 16; mask > 0; mask /= 2)
-    if (mask < lanes) v = hw::add(v, hw::shuffle_xor(v, mask));
+  for (int mask = lanes / 2; mask > 0; mask /= 2) v = hw::add(v, hw::shuffle_xor(v, mask));
   return v;
 }
 
@@ -44,16 +50,17 @@ BHYT_DEVICE A butterfly(A v, int lanes) {
 // themselves alone, or all together where there is little to gain: a kernel that names one barrier takes all sixteen.
 template <bool groups_apart = false, class A>
 BHYT_DEVICE A group_sum(A v, const Ladder& ladder, const Place& place, SumSlots<A>& slots, int turn) {
-  v = butterfly(v, ladder.threads);
-  if (ladder.threads <= 32) return v;
-  A* sums = slots.warp[turn & 1] + place.group * (ladder.threads / 32);
-  const int lane = place.lane % 32;
-  if (lane == 0) sums[place.lane / 32] = v;
+  if (ladder.threads < 32) return butterfly(v, ladder.threads);
+  v = butterfly(v);
+  if (ladder.threads == 32) return v;
+  const unsigned warps = ladder.threads / 32u, warp = place.lane / 32u, lane = place.lane % 32u;
+  A* const sums = slots.warp[turn & 1] + place.group * warps;
+  if (lane == 0) sums[warp] = v;
   if constexpr (groups_apart)
     hw::barrier(1 + place.group, ladder.threads);
   else
     hw::block_barrier();
-  return butterfly(lane < ladder.threads / 32 ? sums[lane] : A(0), 32);
+  return butterfly<kMaxThreads / 64>(lane % 16 < warps ? sums[lane % 16] : A(0));  // each half of the warp the same
 }
 
 // The sum over the parts, one per block of a cluster, given to all their threads. `turn` counts the calls. No barrier:
