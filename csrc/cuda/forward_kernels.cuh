@@ -26,8 +26,7 @@ struct StreamRow {
         residual(static_cast<const Stream*>(p.residual.data) + row * p.residual.stride),
         sum(static_cast<Stream*>(p.sum) + row * p.d) {
     hw::pin(branch);
-    hw::pin(residual);
-    hw::pin(sum);
+    if constexpr (residual_added) hw::pin(residual);
   }
 
   // What is read for one pack; turned into the stream's pack by make(). Apart, so that all loads go out before a store.
@@ -83,18 +82,20 @@ BHYT_DEVICE A square_sum(const Pack<Stream, W>& pack) {
   return dot(x, x);
 }
 
-// Whether two blocks of 512 threads, so of 64 registers, hold what a thread keeps without spilling.
-template <class Stream, class Weight, bool residual_added, bool exact>
+// Whether 64 registers, so that two blocks of 512 threads share a multiprocessor, hold what a thread keeps: what ptxas of
+// CUDA 13.0 does without spilling.
+template <class Stream, class Weight, bool residual_added>
 constexpr bool fits_twice() {
   if (sizeof(Stream) == 4 || std::is_same_v<Weight, NoGain>) return true;
   const bool narrow = sizeof(Weight) == 2, brain = std::is_same_v<Stream, bf16>;
-  return residual_added ? exact && narrow && brain : narrow || brain;
+  if (residual_added) return narrow && brain && hw::kArch == 90;
+  return narrow || (brain && hw::kArch != 80);
 }
 
-// Wide, fewer than 2^31 rows: a thread keeps its N packs of the row in registers from the only read to the write. A row
+// Wide, rows counted in 32 bits: a thread keeps its N packs of the row in registers from the only read to the write. A row
 // longer than a block is shared by several, which form a cluster where they have a sum to make.
 template <class Branch, class Stream, class Weight, class Y, bool residual_added, bool exact, int N>
-BHYT_KERNEL_SHARING(kMaxThreads, (fits_twice<Stream, Weight, residual_added, exact>() ? 2 : 1))
+BHYT_KERNEL_SHARING(kMaxThreads, (fits_twice<Stream, Weight, residual_added>() ? 2 : 1))
 forward_row_in_registers(const ForwardParams p, const Constants<Accumulate<Stream>> constants, const Ladder ladder,
                          const Output<Y, Accumulate<Stream>> output) {
   using A = Accumulate<Stream>;
@@ -128,10 +129,12 @@ forward_row_in_registers(const ForwardParams p, const Constants<Accumulate<Strea
 
   Pack<Stream, W> x[N];
   A sum = 0;
+  Stream* sum_row = stream.sum;
+  hw::pin(sum_row);
 #pragma unroll
   for (int k = 0; k < N; ++k) {
     x[k] = Row::make(raw[k]);
-    if (residual_added && exists(k)) x[k].template store<true>(stream.sum, pack_of(k) * W, p.d);
+    if (residual_added && exists(k)) x[k].template store<true>(sum_row, pack_of(k) * W, p.d);
     if constexpr (exact) sum = hw::add(sum, square_sum<A, (sizeof(Weight) > sizeof(Stream))>(x[k]));
   }
   if constexpr (exact) {

@@ -24,6 +24,13 @@
 
 namespace bhyt::cuda::hw {
 
+// The architecture that is compiled for, 0 on the host.
+#ifdef __CUDA_ARCH__
+constexpr int kArch = __CUDA_ARCH__ / 10;
+#else
+constexpr int kArch = 0;
+#endif
+
 BHYT_DEVICE int thread_x() { return threadIdx.x; }
 BHYT_DEVICE int thread_y() { return threadIdx.y; }
 BHYT_DEVICE int threads_x() { return blockDim.x; }
@@ -202,13 +209,7 @@ BHYT_DEVICE uint32_t to_bfloat_pair(float low, float high) {
 }
 
 // To float8_e4m3fn, rounded to nearest even, saturating at 448; a NaN stays one. Where there is an instruction for it.
-BHYT_DEVICE constexpr bool has_float8() {
-#if __CUDA_ARCH__ >= 890
-  return true;
-#else
-  return false;
-#endif
-}
+BHYT_DEVICE constexpr bool has_float8() { return kArch >= 89; }
 
 BHYT_DEVICE uint32_t to_float8_pair(float low, float high) {
   uint16_t pair = 0;

@@ -17,7 +17,7 @@ constexpr int kMaxThreads = 512;
 constexpr int kColumnThreads = 128;
 constexpr int kMaxClusterParts = 8;  // the largest portable cluster
 constexpr int kMaxGridY = 65535;
-constexpr int64_t kMaxRows = 0x7fffffff;  // counted in 32 bits
+constexpr int64_t kMaxRows = 1 << 30;  // counted in 32 bits, those missing in the last block included
 
 struct Ladder {
   int threads = 1;  // per part of a row: a power of two up to 32, or a multiple of 32

@@ -282,6 +282,8 @@ inline uint32_t to_small_float(double v, int exponent, int mantissa) {
 
 namespace bhyt::cuda::hw {
 
+constexpr int kArch = 0;
+
 inline int thread_x() { return simt::machine().current->x; }
 inline int thread_y() { return simt::machine().current->y; }
 inline int threads_x() { return simt::machine().threads_x; }
