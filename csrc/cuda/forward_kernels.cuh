@@ -149,14 +149,12 @@ forward_row_in_registers(const ForwardParams p, const Constants<Accumulate<Strea
   const A a = Scales<A>(scalars)(v).a;
   Y* y_row = static_cast<Y*>(p.y) + row * p.d;
   hw::pin(y_row);
-  output.choose([&](const auto& rounded) {
 #pragma unroll
-    for (int k = 0; k < N; ++k) {
-      A y[W];
-      site<Y>(x[k], a, gains[k], y);
-      if (exists(k)) rounded(y).template store<true>(y_row, pack_of(k) * W, p.d);
-    }
-  });
+  for (int k = 0; k < N; ++k) {
+    A y[W];
+    site<Y>(x[k], a, gains[k], y);
+    if (exists(k)) output(y).template store<true>(y_row, pack_of(k) * W, p.d);
+  }
 }
 
 // Any alignment and length: the row of an exact site is read for v and again for y. Same elements per thread and same
@@ -201,20 +199,18 @@ forward_row_read_twice(const ForwardParams p, const Constants<Accumulate<Stream>
   const A a = Scales<A>(scalars)(v).a;
   Y* const y_row = static_cast<Y*>(p.y) + row * p.d;
   const int64_t stride = int64_t(hw::blocks_y()) * ladder.threads;
-  output.choose([&](const auto& rounded) {
-    for (int64_t pack = int64_t(at.part) * ladder.threads + at.lane; pack < ladder.row_packs; pack += stride) {
-      StreamPack x;
-      if constexpr (exact && residual_added) {
-        x = StreamPack::template load<wide>(stream.sum, pack * W, p.d);  // what this very thread stored above
-      } else {
-        x = stream_pack(pack * W);
-      }
-      const auto gains = Gains<AnyFloat, A, W>::template load<wide>(p.weight, pack * W, p.d);
-      A y[W];
-      site<Y>(x, a, gains, y);
-      rounded(y).template store<wide>(y_row, pack * W, p.d);
+  for (int64_t pack = int64_t(at.part) * ladder.threads + at.lane; pack < ladder.row_packs; pack += stride) {
+    StreamPack x;
+    if constexpr (exact && residual_added) {
+      x = StreamPack::template load<wide>(stream.sum, pack * W, p.d);  // what this very thread stored above
+    } else {
+      x = stream_pack(pack * W);
     }
-  });
+    const auto gains = Gains<AnyFloat, A, W>::template load<wide>(p.weight, pack * W, p.d);
+    A y[W];
+    site<Y>(x, a, gains, y);
+    output(y).template store<wide>(y_row, pack * W, p.d);
+  }
 }
 
 // Launches ---------------------------------------------------------------------------------------------------------

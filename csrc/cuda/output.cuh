@@ -5,20 +5,13 @@
 
 namespace bhyt::cuda {
 
-// What a kernel is told of y, made on the host. A thread asks once how its packs are rounded: choose(f) calls f with
-// a function from the numbers of a pack to what is stored.
+// What a kernel is told of y, made on the host: turns the numbers of a pack into what is stored.
 template <class Y, class A>
 struct Output {
   explicit Output(const ForwardParams&) {}
 
-  template <class F>
-  BHYT_DEVICE void choose(F&& f) const {
-    f([](const auto& y) { return pack_of(y); });
-  }
-
- private:
   template <int W>
-  BHYT_DEVICE static Pack<Y, W> pack_of(const A (&y)[W]) {
+  BHYT_DEVICE Pack<Y, W> operator()(const A (&y)[W]) const {
     return Pack<Y, W>::of(y);
   }
 };
@@ -40,20 +33,20 @@ struct Output<Byte, A> {
     float8 = q.dtype == DType::f8;
   }
 
-  template <class F>
-  BHYT_DEVICE void choose(F&& f) const {
-    if (float8)
-      f([this](const auto& y) { return as_float8(y); });
-    else
-      f([this](const auto& y) { return as_integers(y); });
+  template <int W>
+  BHYT_DEVICE Pack<Byte, W> operator()(const A (&y)[W]) const {
+    A scaled[W];
+#pragma unroll
+    for (int j = 0; j < W; ++j) scaled[j] = hw::mul(y[j], inverse_scale);
+    return float8 ? as_float8(scaled) : as_integers(scaled);
   }
 
  private:
   template <int W>
-  BHYT_DEVICE Pack<Byte, W> as_integers(const A (&y)[W]) const {
+  BHYT_DEVICE Pack<Byte, W> as_integers(const A (&scaled)[W]) const {
     int q[W];
 #pragma unroll
-    for (int j = 0; j < W; ++j) q[j] = hw::to_int16(hw::mul(y[j], inverse_scale)) + zero;
+    for (int j = 0; j < W; ++j) q[j] = hw::to_int16(scaled[j]) + zero;
     Pack<Byte, W> pack;
 #pragma unroll
     for (int j = 0; j < W; j += 4) {
@@ -66,10 +59,10 @@ struct Output<Byte, A> {
   }
 
   template <int W>
-  BHYT_DEVICE Pack<Byte, W> as_float8(const A (&y)[W]) const {
+  BHYT_DEVICE static Pack<Byte, W> as_float8(const A (&scaled)[W]) {
     float q[W];
 #pragma unroll
-    for (int j = 0; j < W; ++j) q[j] = static_cast<float>(hw::mul(y[j], inverse_scale));
+    for (int j = 0; j < W; ++j) q[j] = static_cast<float>(scaled[j]);
     Pack<Byte, W> pack;
 #pragma unroll
     for (int j = 0; j < W; j += 4) {
