@@ -31,11 +31,12 @@ class Mutant(NamedTuple):
 FORWARD, BACKWARD, BOTH = ("forward",), ("backward",), ("forward", "backward")
 MATH, QUANTIZED = ("math",), ("quantized",)
 CUDA = (
-    Mutant("reduce.cuh", "for (int mask = first_mask;", "for (int mask = first_mask / 2;", BOTH),
-    Mutant("reduce.cuh", "for (int mask = lanes / 2;", "for (int mask = lanes / 4;", BOTH),
+    Mutant("reduce.cuh", "for (int mask = 16; mask > 0; mask /= 2)\n    if (mask < lanes)",
+           "for (int mask = 8; mask > 0; mask /= 2)\n    if (mask < lanes)", BOTH),
+    Mutant("reduce.cuh", "for (int mask = 16; mask > 0; mask /= 2) v =", "for (int mask = 8; mask > 0; mask /= 2) v =", BOTH),
     Mutant("reduce.cuh", "lane % 16 < warps ?", "lane % 16 + 1 < warps ?", BOTH),
     Mutant("reduce.cuh", "lane % 16 < warps ? sums[lane % 16]", "lane < warps ? sums[lane]", FORWARD),
-    Mutant("reduce.cuh", "butterfly<kMaxThreads / 64>(", "butterfly<kMaxThreads / 128>(", FORWARD),
+    Mutant("reduce.cuh", ": A(0), kMaxThreads / 32);", ": A(0), kMaxThreads / 64);", FORWARD),
     Mutant("reduce.cuh", "for (int i = 0; i < ladder.parts; ++i)", "for (int i = 1; i < ladder.parts; ++i)", BOTH),
     Mutant("reduce.cuh", "odd = hw::fma(x[j + 1], y[j + 1], odd)", "odd = hw::fma(x[j + 1], y[j], odd)", FORWARD),
     Mutant("reduce.cuh", "  else\n    hw::block_barrier();", "", FORWARD),

@@ -32,17 +32,16 @@ BHYT_DEVICE void open_cluster(const Place& place, SumSlots<A>& slots) {
   hw::cluster_arrive();
 }
 
-template <int first_mask = 16, class A>
-BHYT_DEVICE A butterfly(A v) {
-#pragma unroll
-  for (int mask = first_mask; mask > 0; mask /= 2) v = hw::add(v, hw::shuffle_xor(v, mask));
-  return v;
-}
-
-// Over fewer lanes than a warp has.
 template <class A>
 BHYT_DEVICE A butterfly(A v, int lanes) {
-  for (int mask = lanes / 2; mask > 0; mask /= 2) v = hw::add(v, hw::shuffle_xor(v, mask));
+  if (lanes >= 32) {  // without a test for each step
+#pragma unroll
+    for (int mask = 16; mask > 0; mask /= 2) v = hw::add(v, hw::shuffle_xor(v, mask));
+    return v;
+  }
+#pragma unroll
+  for (int mask = 16; mask > 0; mask /= 2)
+    if (mask < lanes) v = hw::add(v, hw::shuffle_xor(v, mask));
   return v;
 }
 
@@ -50,9 +49,8 @@ BHYT_DEVICE A butterfly(A v, int lanes) {
 // themselves alone, or all together where there is little to gain: a kernel that names one barrier takes all sixteen.
 template <bool groups_apart = false, class A>
 BHYT_DEVICE A group_sum(A v, const Ladder& ladder, const Place& place, SumSlots<A>& slots, int turn) {
-  if (ladder.threads < 32) return butterfly(v, ladder.threads);
-  v = butterfly(v);
-  if (ladder.threads == 32) return v;
+  v = butterfly(v, ladder.threads);
+  if (ladder.threads <= 32) return v;
   const unsigned warps = ladder.threads / 32u, warp = place.lane / 32u, lane = place.lane % 32u;
   A* const sums = slots.warp[turn & 1] + place.group * warps;
   if (lane == 0) sums[warp] = v;
@@ -60,7 +58,8 @@ BHYT_DEVICE A group_sum(A v, const Ladder& ladder, const Place& place, SumSlots<
     hw::barrier(1 + place.group, ladder.threads);
   else
     hw::block_barrier();
-  return butterfly<kMaxThreads / 64>(lane % 16 < warps ? sums[lane % 16] : A(0));  // each half of the warp the same
+  // As many lanes as there can be warps; each half of this one does the same.
+  return butterfly(lane % 16 < warps ? sums[lane % 16] : A(0), kMaxThreads / 32);
 }
 
 // The sum over the parts, one per block of a cluster, given to all their threads. `turn` counts the calls. No barrier:
