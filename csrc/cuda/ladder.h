@@ -17,6 +17,7 @@ constexpr int kMaxThreads = 512;
 constexpr int kColumnThreads = 128;
 constexpr int kMaxClusterParts = 8;  // the largest portable cluster
 constexpr int kMaxGridY = 65535;
+constexpr int64_t kMaxRows = 1 << 30;  // counted in 32 bits, those missing in the last block included
 
 struct Ladder {
   int threads = 1;  // per part of a row: a power of two up to 32, or a multiple of 32
@@ -112,8 +113,9 @@ inline bool packs_are_aligned(const Rows& t, DType dtype, int pack_width) {
 
 inline bool is_wide(const ForwardParams& p) {
   const int w = pack_width(p.stream);
+  const DType y = p.quantization ? p.quantization->dtype : p.branch;
   return p.d % w == 0 && packs_are_aligned(p.x, p.branch, w) && packs_are_aligned(p.residual, p.stream, w) &&
-         packs_are_aligned({p.y, p.d}, p.branch, w) && packs_are_aligned({p.sum, p.d}, p.stream, w) &&
+         packs_are_aligned({p.y, p.d}, y, w) && packs_are_aligned({p.sum, p.d}, p.stream, w) &&
          packs_are_aligned({p.weight.data, 0}, p.weight.dtype, w);
 }
 

@@ -70,6 +70,15 @@ void alignment() {
   check(!wide(DType::bf16, 64, 64, 2, DType::bf16, 0), "x starts off a pack");
   check(!wide(DType::bf16, 64, 64, 0, DType::bf16, 8), "weight starts off a pack");
   check(wide(DType::f32, 64, 68, 0, DType::bf16, 8), "4 bf16 gains are an access of 8 bytes");
+  const auto wide_bytes = [&](DType stream, int offset) {
+    ForwardParams p;
+    p.d = 64, p.branch = p.stream = stream, p.quantization = Quantization();
+    p.x = {memory, 64};
+    p.y = memory + offset;
+    return is_wide(p);
+  };
+  check(wide_bytes(DType::bf16, 8) && !wide_bytes(DType::bf16, 4), "8 bytes of a quantised y are one access");
+  check(wide_bytes(DType::f32, 4) && !wide_bytes(DType::f32, 2), "as are 4 beside fp32");
   BackwardParams b;
   b.d = 64, b.branch = DType::bf16, b.stream = DType::f32;
   b.x = {memory, 64}, b.grad_y = {memory + 8, 64}, b.grad_x = memory;

@@ -91,6 +91,40 @@ void conversions(DType dtype) {
   }
 }
 
+// To float8_e4m3fn by integers, as older devices do it, and as the instruction: every number, every tie and the floats
+// beside it, every binade.
+void float8() {
+  rows::Tensor one(DType::f8, 1, 1);
+  const auto value = [&](uint32_t bits) {
+    *static_cast<uint8_t*>(one.data()) = static_cast<uint8_t>(bits);
+    return one.get(0, 0);
+  };
+  const auto expect = [&](float v, uint32_t bits) {
+    const uint32_t by_integers = round_to_float8(v), negative = round_to_float8(-v);
+    check(by_integers == bits && negative == (bits | 0x80), "float8 of " + std::to_string(v));
+    for (bool instruction : {false, true}) {
+      simt::machine().has_float8 = instruction;
+      check(to_float8_pair(v, -v) == (bits | (bits | 0x80) << 8), "a pair of float8");
+    }
+  };
+  for (uint32_t bits = 0; bits < 0x7e; ++bits) {
+    const float v = static_cast<float>(value(bits)), tie = static_cast<float>((value(bits) + value(bits + 1)) / 2);
+    expect(v, bits);
+    expect(tie, bits + bits % 2);
+    expect(std::nextafter(tie, 0.f), bits);
+    expect(std::nextafter(tie, 1e9f), bits + 1);
+  }
+  for (float v : {448.f, 464.f, 1e9f, INFINITY}) expect(v, 0x7e);
+  for (float v : {1e-42f, 1e-20f, 0x1p-11f}) expect(v, 0);
+  for (float nan : {NAN, -NAN}) {
+    check(round_to_float8(nan) == 0x7f, "NaN");
+    for (bool instruction : {false, true}) {
+      simt::machine().has_float8 = instruction;
+      check(to_float8_pair(nan, 1.f) == (0x7f | 0x38 << 8), "NaN of a pair");
+    }
+  }
+}
+
 // Element-wise packs read what wide ones read, zeros beyond the row, and write nothing beyond it.
 template <class T, int W>
 void packs(DType dtype) {
@@ -155,6 +189,7 @@ int main() {
   packs<float, 4>(DType::f32);
   packs<float, 8>(DType::f32);
   packs<double, 2>(DType::f64);
+  float8();
   scales();
   return rows::report("math");
 }
