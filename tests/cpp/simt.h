@@ -216,7 +216,7 @@ cudaError_t run(const Grid& grid, std::function<void()> body) {
   const int threads = m.block_threads();
   const bool legal = grid.blocks_x >= 1 && grid.blocks_x <= 0x7fffffff && grid.blocks_y >= 1 &&
                      grid.blocks_y <= 65535 && threads >= 1 && threads <= 512 && grid.shared_bytes <= 48 << 10 &&
-                     grid.cluster >= 1 && grid.cluster <= 8 && grid.blocks_y % grid.cluster == 0;
+                     grid.cluster >= 1 && grid.cluster <= 16 && grid.blocks_y % grid.cluster == 0;
   if (!legal) return cudaErrorInvalidConfiguration;
 
   for (int64_t x = 0; x < m.blocks_x; ++x)

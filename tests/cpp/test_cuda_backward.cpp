@@ -100,7 +100,8 @@ Outputs run(const Case& c, const Inputs& in) {
   cuda::Device device;
   device.multiprocessors = c.multiprocessors;
   device.hopper_or_later = c.clusters;
-  if (c.clusters) device.resident_clusters[1] = device.resident_clusters[2] = device.resident_clusters[3] = 2;
+  if (c.clusters)
+    for (int i = 1; i < cuda::kClusterSizes; ++i) device.resident_clusters[i] = 2;
   const int64_t bytes = cuda::backward_workspace(p, device);
   Tensor workspace(DType::f32, 1, bytes / 4);
   check(cuda::backward(p, workspace.data(), device, {}) == cudaSuccess, "returns success: " + c.text());

@@ -95,7 +95,7 @@ void alignment() {
 void persistent(const Ladder& l) {
   Device device;
   device.multiprocessors = 132;
-  device.resident_clusters[1] = 66, device.resident_clusters[2] = 32, device.resident_clusters[3] = 16;
+  device.resident_clusters[1] = 66, device.resident_clusters[2] = 32, device.resident_clusters[3] = 16, device.resident_clusters[4] = 8;
   check(persistent_blocks(l, device) * l.parts <= 2 * 132, "persistent blocks fit");
   check(blocks_per_multiprocessor(l) * l.threads * l.groups <= 512, "persistent blocks' registers fit");
 }
@@ -116,6 +116,11 @@ int main() {
   check(forward_ladder(4096, DType::bf16).threads == 128, "4096 in bf16: 4 packs for each of 128 threads");
   check(forward_ladder(64, DType::bf16).groups == 32, "32 short rows share a block");
   check(forward_ladder(131072, DType::bf16).parts == 8, "131072 in bf16 fits a cluster");
+  check(backward_ladder(131072, DType::bf16).parts == 16 && backward_ladder(131072, DType::bf16).fits_a_cluster(),
+        "backward: 131072 takes a cluster of 16");
+  check(!backward_ladder(131080, DType::bf16).fits_a_cluster(), "and no row is longer than that");
+  check(forward_ladder(131080, DType::bf16).parts == 9 && !forward_ladder(131080, DType::bf16).fits_a_cluster(),
+        "forward: clusters of 8 at most");
   check(backward_ladder(4096, DType::bf16).groups == 2, "backward: two rows of 256 threads share a block");
   alignment();
   return rows::report("ladder");
