@@ -107,7 +107,7 @@ BHYT_KERNEL(kMaxThreads) backward_rows_persistent(const BackwardParams p, const 
   const Place at;
   A* const gains = block_columns + at.lane * kGainsApart;  // until then
   if (ladder.parts > 1) open_cluster(at, slots);
-  const SiteScalars<A> scalars(p, constants);
+  const SiteScalars<A> scalars(p, constants, exact);
   const int first_pack = at.part * N * ladder.threads + at.lane;
   const int packs = (static_cast<int>(ladder.row_packs) - first_pack + ladder.threads - 1) / ladder.threads;
   const int apart = ladder.threads * W;
@@ -340,7 +340,8 @@ backward_columns(const BackwardParams p, const Constants<Accumulate<Stream>> con
 
 // Sums over partials, in an order fixed by their number: kSlices threads take every kSlices-th, then one adds theirs.
 // Blocks 0 .. sum a stripe of grad_weight's columns each; the last one sums grad_lam.
-constexpr int kStripe = 32, kSlices = 16;
+// A thread has the partials of 192 blocks, more than most GPUs run, on their way at once.
+constexpr int kStripe = 32, kSlices = 16, kAhead = 12;
 
 template <class A>
 BHYT_KERNEL(kStripe * kSlices) sum_partials(const BackwardParams p, const Partials<A> in) {
@@ -354,7 +355,14 @@ BHYT_KERNEL(kStripe * kSlices) sum_partials(const BackwardParams p, const Partia
     if (p.grad_lam)
       for (int64_t i = slice * kStripe + lane; i < in.lam_count; i += kStripe * kSlices) sum = hw::add(sum, in.lam[i]);
   } else if (p.grad_weight && column < p.d) {
-    for (int64_t i = slice; i < in.count; i += kSlices) sum = hw::add(sum, in.weight[i * p.d + column]);
+    for (int64_t i = slice; i < in.count; i += kSlices * kAhead) {
+      A partial[kAhead];
+#pragma unroll
+      for (int j = 0; j < kAhead; ++j)
+        partial[j] = i + j * kSlices < in.count ? in.weight[(i + j * kSlices) * p.d + column] : A(0);
+#pragma unroll
+      for (int j = 0; j < kAhead; ++j) sum = hw::add(sum, partial[j]);
+    }
   }
   slices[slice * kStripe + lane] = sum;
   hw::block_barrier();
