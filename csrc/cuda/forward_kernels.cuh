@@ -130,7 +130,7 @@ forward_row_in_registers(const ForwardParams p, const Constants<Accumulate<Strea
   Pack<Stream, W> x[N];
   A sum = 0;
   Stream* sum_row = stream.sum;
-  hw::pin(sum_row);
+  if constexpr (residual_added) hw::pin(sum_row);
 #pragma unroll
   for (int k = 0; k < N; ++k) {
     x[k] = Row::make(raw[k]);
