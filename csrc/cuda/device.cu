@@ -36,8 +36,9 @@ struct Runtime {
     config.attrs = &cluster;
     config.numAttrs = 1;
     const bool portable = size <= kPortableCluster;
-    cudaError_t error =
-        portable ? cudaSuccess : cudaFuncSetAttribute(kernel.function, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
+    cudaError_t error = cudaSuccess;
+    if (!portable)
+      error = cudaFuncSetAttribute(kernel.function, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
     if (error == cudaSuccess) error = cudaOccupancyMaxActiveClusters(count, kernel.function, &config);
     if (error != cudaErrorInvalidClusterSize && (portable || error == cudaSuccess)) return error;
     *count = 0;  // whatever a device says that has none so large
