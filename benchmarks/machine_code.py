@@ -70,34 +70,55 @@ class Kernel(NamedTuple):
     budget: float  # instructions per element
     shared: int = 0  # dynamic, bytes per block
     loop: bool = False  # rows in a loop: what stands before and after it is not counted
+    elements: int = 0  # per thread, where its stores are too narrow to tell them from a row's variance
+    large: float = 0  # instructions per element where every pack has an argument of tanh above 0.9, if they are more
 
 
 # fmt: off
 KERNELS = (
-    Kernel("exact forward bf16", "forward_row_in_registers<bf16, bf16, bf16, false, true, 4>", 4, 2, 128, 17.5),
+    Kernel("exact forward bf16", "forward_row_in_registers<bf16, bf16, bf16, bf16, false, true, 4>", 4, 2, 128, 13.2),
+    Kernel("exact forward bf16, no weight",
+           "forward_row_in_registers<bf16, bf16, NoGain, bf16, false, true, 4>", 4, 2, 128, 10.4),
     Kernel("exact forward bf16, weight fp32",
-           "forward_row_in_registers<bf16, bf16, float, false, true, 4>", 4, 2, 128, 20),
-    Kernel("exact forward bf16 + residual", "forward_row_in_registers<bf16, bf16, bf16, true, true, 4>", 8, 4, 128, 24.5),
+           "forward_row_in_registers<bf16, bf16, float, bf16, false, true, 4>", 4, 2, 128, 13.2),
+    Kernel("exact forward bf16 + residual",
+           "forward_row_in_registers<bf16, bf16, bf16, bf16, true, true, 4>", 8, 4, 128, 18.3),
     Kernel("exact forward bf16 + fp32 residual",
-           "forward_row_in_registers<bf16, float, bf16, true, true, 4>", 12, 6, 256, 42.5),
-    Kernel("exact forward fp32", "forward_row_in_registers<float, float, float, false, true, 4>", 8, 4, 256, 34.5),
+           "forward_row_in_registers<bf16, float, bf16, bf16, true, true, 4>", 12, 6, 256, 30.7, large=38.7),
+    Kernel("exact forward fp32",
+           "forward_row_in_registers<float, float, float, float, false, true, 4>", 8, 4, 256, 25, large=33),
     Kernel("exact forward fp32 + residual",
-           "forward_row_in_registers<float, float, float, true, true, 4>", 16, 8, 256, 42),
-    Kernel("approximate forward bf16", "forward_row_in_registers<bf16, bf16, bf16, false, false, 4>", 4, 2, 128, 12.5),
+           "forward_row_in_registers<float, float, float, float, true, true, 4>", 16, 8, 256, 28.7, large=36.7),
+    Kernel("approximate forward bf16",
+           "forward_row_in_registers<bf16, bf16, bf16, bf16, false, false, 4>", 4, 2, 128, 10.1),
     Kernel("approximate forward bf16 + residual",
-           "forward_row_in_registers<bf16, bf16, bf16, true, false, 4>", 8, 4, 128, 19.5),
+           "forward_row_in_registers<bf16, bf16, bf16, bf16, true, false, 4>", 8, 4, 128, 15),
     Kernel("approximate forward fp32",
-           "forward_row_in_registers<float, float, float, false, false, 4>", 8, 4, 256, 27.5),
+           "forward_row_in_registers<float, float, float, float, false, false, 4>", 8, 4, 256, 20.5, large=27.5),
+    Kernel("exact forward bf16 to 8 bits",
+           "forward_row_in_registers<bf16, bf16, NoGain, Byte, false, true, 4>", 3, 1, 128, 20.7, large=28.7),
+    Kernel("exact forward bf16 + residual, to 8 bits",
+           "forward_row_in_registers<bf16, bf16, NoGain, Byte, true, true, 4>", 7, 3, 128, 25.5, large=33.5),
+    Kernel("exact forward fp32 to 8 bits",
+           "forward_row_in_registers<float, float, NoGain, Byte, false, true, 4>", 5, 1, 256, 25.7, elements=16, large=33.7),
+    Kernel("approximate forward bf16 to 8 bits",
+           "forward_row_in_registers<bf16, bf16, NoGain, Byte, false, false, 4>", 3, 1, 128, 18, large=25),
+    Kernel("approximate forward bf16 + residual, to 8 bits",
+           "forward_row_in_registers<bf16, bf16, NoGain, Byte, true, false, 4>", 7, 3, 128, 22.5, large=29.5),
     Kernel("exact backward bf16",
-           "backward_rows_persistent<bf16, bf16, bf16, true, false>", 6, 2, 512, 34.5, 33316, True),
+           "backward_rows_persistent<bf16, bf16, true, false>", 6, 2, 512, 25.7, 20752, True, large=41.5),
+    Kernel("exact backward bf16 + grad_sum",
+           "backward_rows_persistent<bf16, bf16, true, true>", 8, 2, 512, 27.2, 20752, True, large=43),
     Kernel("exact backward fp32",
-           "backward_rows_persistent<float, float, float, true, false>", 12, 4, 512, 43.5, 33316, True),
+           "backward_rows_persistent<float, float, true, false>", 12, 4, 512, 29, 20752, True, large=42.5),
+    Kernel("exact backward fp32 + grad_sum",
+           "backward_rows_persistent<float, float, true, true>", 16, 4, 512, 30.5, 20752, True, large=44),
     Kernel("exact backward bf16 on an fp32 stream",
-           "backward_rows_persistent<bf16, float, bf16, true, false>", 10, 4, 512, 47, 33316, True),
+           "backward_rows_persistent<bf16, float, true, false>", 10, 4, 512, 30, 20752, True, large=43.5),
     Kernel("approximate backward bf16",
-           "backward_rows_persistent<bf16, bf16, bf16, false, false>", 6, 2, 512, 31.5, 33316, True),
+           "backward_rows_persistent<bf16, bf16, false, false>", 6, 2, 512, 25, 20752, True, large=41),
     Kernel("approximate backward fp32",
-           "backward_rows_persistent<float, float, float, false, false>", 12, 4, 512, 40, 33316, True),
+           "backward_rows_persistent<float, float, false, false>", 12, 4, 512, 26.5, 20752, True, large=40),
 )
 # fmt: on
 
@@ -150,7 +171,7 @@ class Code:
     def successors(self, i: int) -> list[int]:
         instruction = self.instructions[i]
         name = instruction.name.split(".")[0]
-        always = instruction.predicate in ("", "@UPT", "@PT") and not re.match(r"U?P\d", instruction.operands)
+        always = instruction.predicate in ("", "@UPT", "@PT") and not re.match(r"!?U?P\d", instruction.operands)
         if name in ("EXIT", "RET") and always:
             return []
         following = [i + 1] if i + 1 < len(self.instructions) else []
@@ -279,7 +300,7 @@ class Measure:
 def measure(kernel: Kernel, code: Code) -> Measure:
     path = main_path(code, kernel.loop)
     stored = sum(i.bytes_accessed for i in path if i.name.startswith("ST"))
-    elements = stored / kernel.stored
+    elements = kernel.elements or stored / kernel.stored
     pipes = Counter(i.pipe for i in path)
     limits = LIMITS[code.arch]
     warp_registers = ceil(code.registers / 8) * 8 * 32
@@ -346,7 +367,7 @@ def compiled(archs: list[str], folder: Path) -> list[Path]:
     """Object files of the kernels as they lie here."""
     codes = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in archs]
     files = []
-    for name in ("forward", "backward"):
+    for name in ("forward", "forward_quantized", "backward"):
         files.append(folder / f"{name}.o")
         source = str(ROOT / "csrc" / "cuda" / f"{name}.cu")
         run("nvcc", "-std=c++17", "-O3", "--threads", "2", *codes, "-c", source, "-o", str(files[-1]))

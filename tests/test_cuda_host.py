@@ -15,7 +15,8 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 KERNELS = ROOT / "csrc" / "cuda"
-PROGRAMS = ("test_cuda_device", "test_cuda_ladder", "test_cuda_math", "test_cuda_forward", "test_cuda_backward")
+PROGRAMS = ("test_cuda_device", "test_cuda_ladder", "test_cuda_math", "test_cuda_forward", "test_cuda_quantized",
+            "test_cuda_backward")  # fmt: skip
 
 
 def run(command: list[str], timeout: float) -> subprocess.CompletedProcess[str]:

@@ -280,10 +280,12 @@ FAULTS: Dict[str, Tuple[Dict[str, Any], type, Tuple[str, ...]]] = {
 }
 
 
-@pytest.mark.parametrize("where", ("cpu", "meta"))
+@pytest.mark.parametrize("where", ("cpu", "meta", "cuda"))
 @pytest.mark.parametrize("fault", FAULTS)
 def test_errors(fault: str, where: str) -> None:
     """One line that names the argument, what was expected and what was given; of the site's arguments too."""
+    if where == "cuda" and not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
     changes, error, message = FAULTS[fault]
     for form in FORMS:
         call = make_call(form, (4, 6), device="cpu")
@@ -297,9 +299,9 @@ def test_errors(fault: str, where: str) -> None:
             Target().run(replace(call, lam=torch.zeros(2, device=where)))
 
 
-def test_compiled_and_exported() -> None:
+def test_compiled_and_exported(device: str) -> None:
     """torch.compile with dynamic shapes and torch.export see one op, with the bits of the eager one."""
-    call = make_call("add_forward", (6, 64))
+    call = make_call("add_forward", (6, 64), device=device)
 
     def site(x: Tensor, residual: Tensor) -> Tuple[Tensor, Tensor, Tensor]:
         return bhyt.functional.add_forward_quantized(x, residual, call.weight, call.lam, 1 / 127, 128, torch.uint8)

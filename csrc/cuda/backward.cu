@@ -54,8 +54,29 @@ Partials<A> partials_of(const BackwardParams& p, const Plan& plan, void* workspa
   return out;
 }
 
+// A group has fewer than 2^31 rows: no memory holds as many times the groups of a whole GPU.
+Course course_of(const BackwardParams& p, const Plan& plan) {
+  const int64_t step = plan.blocks * plan.ladder.groups;
+  Course course;
+  course.turns = static_cast<int>(p.rows / step);
+  course.more = p.rows % step;
+  course.x = step * p.x.stride * size_of(p.stream);
+  course.grad_y = step * p.grad_y.stride * size_of(p.branch);
+  course.grad_sum = step * p.grad_sum.stride * size_of(p.stream);
+  course.grad_x = step * p.d * size_of(p.stream);
+  course.statistics = step * static_cast<int64_t>(sizeof(float));
+  const void* const with_variance = p.exact ? p.grad_variance : p.grad_variance_out;
+  course.has_grad_variance = with_variance != nullptr;
+  if (with_variance) {
+    course.to_grad_variance = static_cast<const char*>(with_variance) - static_cast<const char*>(p.variance);
+    if (!p.exact) course.to_grad_variance -= course.statistics;
+  }
+  course.needs_sums = p.grad_lam != nullptr || (p.exact ? p.grad_x : p.grad_variance_out) != nullptr;
+  return course;
+}
+
 int64_t persistent_shared_bytes(const Ladder& ladder) {
-  return sizeof(SumSlots<float>) + sizeof(float) * (kBackwardElements * ladder.threads + 1);
+  return sizeof(SumSlots<float>) + sizeof(float) * kGainsApart * ladder.threads;
 }
 
 template <class Branch, class Stream>
@@ -63,6 +84,7 @@ cudaError_t run_persistent(const BackwardParams& p, const Plan& plan, const Part
   const auto constants = constants_of<Accumulate<Stream>>(p);
   const bool summed = p.grad_sum.data != nullptr;
   const Ladder& ladder = plan.ladder;
+  const Course course = course_of(p, plan);
   Grid grid;
   grid.blocks_x = plan.blocks;
   grid.blocks_y = grid.cluster = ladder.parts;
@@ -70,17 +92,13 @@ cudaError_t run_persistent(const BackwardParams& p, const Plan& plan, const Part
   grid.threads_y = ladder.groups;
   grid.shared_bytes = persistent_shared_bytes(ladder);
   grid.stream = on;
-  const auto run = [&](auto weight, auto exact, auto with_sum) {
-    using Weight = typename decltype(weight)::type;
-    return launch(backward_rows_persistent<Branch, Stream, Weight, exact, with_sum>, grid, p, constants, ladder, out);
+  const auto run = [&](auto exact, auto with_sum) {
+    return launch(backward_rows_persistent<Branch, Stream, exact, with_sum>, grid, p, constants, ladder, course, out);
   };
-  const auto run_exact = [&](auto weight, auto exact) {
-    return summed ? run(weight, exact, std::true_type()) : run(weight, exact, std::false_type());
+  const auto run_exact = [&](auto exact) {
+    return summed ? run(exact, std::true_type()) : run(exact, std::false_type());
   };
-  const auto run_weight = [&](auto weight) {
-    return p.exact ? run_exact(weight, std::true_type()) : run_exact(weight, std::false_type());
-  };
-  return p.weight.data == nullptr || p.weight.dtype == p.branch ? run_weight(Type<Branch>()) : run_weight(Type<float>());
+  return p.exact ? run_exact(std::true_type()) : run_exact(std::false_type());
 }
 
 template <class Branch, class Stream, bool wide>
@@ -126,7 +144,7 @@ cudaError_t run_sums(const BackwardParams& p, const Plan& plan, const Partials<A
 
 #ifdef __CUDACC__
 ClusterKernel cluster_kernel() {
-  const auto kernel = backward_rows_persistent<bf16, bf16, bf16, true, false>;
+  const auto kernel = backward_rows_persistent<bf16, bf16, true, false>;
   Ladder ladder;
   ladder.threads = kMaxThreads;
   return {reinterpret_cast<const void*>(kernel), kMaxThreads, persistent_shared_bytes(ladder)};

@@ -63,7 +63,8 @@ const cuda::Device& use_device(const c10::Device& wanted) {
 void run_forward(const ForwardParams& p, const Tensor& x) {
   const c10::DeviceGuard guard(x.device());
   const cuda::Device& device = use_device(x.device());
-  check(cuda::forward(p, device, BHYT_STREAM_OF(x.device())), device.index);
+  const auto run = p.quantization ? cuda::forward_quantized : cuda::forward;
+  check(run(p, device, BHYT_STREAM_OF(x.device())), device.index);
 }
 
 void run_backward(const BackwardParams& p, const Tensor& x) {
@@ -91,6 +92,10 @@ TORCH_LIBRARY_IMPL(bhyt, CUDA, m) {
   m.impl("forward_approx", &Ops::forward_approx);
   m.impl("add_forward", &Ops::add_forward);
   m.impl("add_forward_approx", &Ops::add_forward_approx);
+  m.impl("forward_quantized", &Ops::forward_quantized);
+  m.impl("forward_approx_quantized", &Ops::forward_approx_quantized);
+  m.impl("add_forward_quantized", &Ops::add_forward_quantized);
+  m.impl("add_forward_approx_quantized", &Ops::add_forward_approx_quantized);
   m.impl("backward", &Ops::backward);
   m.impl("backward_approx", &Ops::backward_approx);
 }

@@ -35,9 +35,13 @@ struct Runtime {
     config.dynamicSmemBytes = kernel.shared_bytes;
     config.attrs = &cluster;
     config.numAttrs = 1;
-    const cudaError_t error = cudaOccupancyMaxActiveClusters(count, kernel.function, &config);
-    if (error != cudaErrorInvalidClusterSize) return error;
-    *count = 0;
+    const bool portable = size <= kPortableCluster;
+    cudaError_t error = cudaSuccess;
+    if (!portable)
+      error = cudaFuncSetAttribute(kernel.function, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
+    if (error == cudaSuccess) error = cudaOccupancyMaxActiveClusters(count, kernel.function, &config);
+    if (error != cudaErrorInvalidClusterSize && (portable || error == cudaSuccess)) return error;
+    *count = 0;  // whatever a device says that has none so large
     return cudaSuccess;
   }
 };

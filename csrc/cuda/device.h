@@ -13,7 +13,8 @@
 
 namespace bhyt::cuda {
 
-constexpr int kClusterSizes = 4;  // 1, 2, 4, 8 blocks
+constexpr int kClusterSizes = 5;     // 1, 2, 4, 8, 16 blocks
+constexpr int kPortableCluster = 8;  // the largest that all devices with clusters take; more, a kernel must ask for
 
 // Of a loaded kernel, 90 for compute capability 9.0: the PTX it was made from, and the machine code that runs.
 struct Code {

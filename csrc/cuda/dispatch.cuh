@@ -32,6 +32,11 @@ cudaError_t launch(void (*kernel)(Parameters...), const Grid& grid, Arguments...
     cudaLaunchAttribute& attribute = attributes[config.numAttrs++];
     attribute.id = cudaLaunchAttributeClusterDimension;
     attribute.val.clusterDim = {1, static_cast<unsigned>(grid.cluster), 1};
+    if (grid.cluster > kPortableCluster) {
+      const cudaError_t error = cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
+                                                     cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
+      if (error != cudaSuccess) return error;
+    }
   }
   if (grid.overlaps_last) {
     cudaLaunchAttribute& attribute = attributes[config.numAttrs++];

@@ -19,8 +19,17 @@
 #else
 #define BHYT_KERNEL(max_threads) __global__ void __launch_bounds__(max_threads)
 #endif
+// Blocks of as many threads are to share a multiprocessor.
+#define BHYT_KERNEL_SHARING(max_threads, blocks) __global__ void __launch_bounds__(max_threads, blocks)
 
 namespace bhyt::cuda::hw {
+
+// The architecture that is compiled for, 0 on the host.
+#ifdef __CUDA_ARCH__
+constexpr int kArch = __CUDA_ARCH__ / 10;
+#else
+constexpr int kArch = 0;
+#endif
 
 BHYT_DEVICE int thread_x() { return threadIdx.x; }
 BHYT_DEVICE int thread_y() { return threadIdx.y; }
@@ -144,6 +153,14 @@ BHYT_DEVICE double tanh(double a) { return ::tanh(a); }
 BHYT_DEVICE void pin(float& v) { asm volatile("" : "+f"(v)); }
 BHYT_DEVICE void pin(double& v) { asm volatile("" : "+d"(v)); }
 
+// Likewise an address in device memory, from which others are made by a step.
+template <class T>
+BHYT_DEVICE void pin(T*& p) {
+  size_t address = __cvta_generic_to_global(p);
+  asm volatile("" : "+l"(address));
+  p = static_cast<T*>(__cvta_global_to_generic(address));
+}
+
 // 2^a within 2 ulp.
 BHYT_DEVICE float exp2_approx(float a) {
   float r;
@@ -191,6 +208,39 @@ BHYT_DEVICE uint32_t to_bfloat_pair(float low, float high) {
   return word;
 }
 
+// To float8_e4m3fn, rounded to nearest even, saturating at 448; a NaN stays one. Where there is an instruction for it.
+BHYT_DEVICE constexpr bool has_float8() { return kArch >= 89; }
+
+BHYT_DEVICE uint32_t to_float8_pair(float low, float high) {
+  uint16_t pair = 0;
+#if __CUDA_ARCH__ >= 890
+  asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(pair) : "f"(high), "f"(low));
+#endif
+  return pair;
+}
+
+// The nearest integer, ties to even, within int16_t; 0 of a NaN.
+BHYT_DEVICE int to_int16(float v) {
+  int16_t q;
+  asm("cvt.rni.s16.f32 %0, %1;" : "=h"(q) : "f"(v));
+  return q;
+}
+BHYT_DEVICE int to_int16(double v) {
+  int16_t q;
+  asm("cvt.rni.s16.f64 %0, %1;" : "=h"(q) : "d"(v));
+  return v == v ? q : 0;
+}
+
+// As int8_t, saturating: the two lower bytes of a word, below the lower half of `above`.
+BHYT_DEVICE uint32_t to_int8_pair(int low, int high, uint32_t above) {
+  uint32_t word;
+  asm("cvt.pack.sat.s8.s32.b32 %0, %1, %2, %3;" : "=r"(word) : "r"(high), "r"(low), "r"(above));
+  return word;
+}
+
+// The lower or the upper half of a word, above zeros.
+BHYT_DEVICE uint32_t half_to_upper(uint32_t word, bool upper) { return __byte_perm(word, 0, upper ? 0x3244 : 0x1044); }
+
 BHYT_DEVICE float bits_to_float(uint32_t bits) { return __uint_as_float(bits); }
 BHYT_DEVICE uint32_t float_to_bits(float v) { return __float_as_uint(v); }
 BHYT_DEVICE double bits_to_double(uint32_t low, uint32_t high) { return __hiloint2double(high, low); }
@@ -223,6 +273,9 @@ BHYT_DEVICE void store_words(void* to, const uint32_t* from) {
     *static_cast<uint32_t*>(to) = from[0];
   }
 }
+
+// Into the cache that all multiprocessors share.
+BHYT_DEVICE void prefetch(const void* from) { asm volatile("prefetch.global.L2 [%0];" ::"l"(from)); }
 
 // A number of 2, 4 or 8 bytes, as bits.
 BHYT_DEVICE void load_scalar(const void* from, int bytes, uint32_t& low, uint32_t& high) {

@@ -15,17 +15,19 @@ namespace bhyt::cuda {
 
 constexpr int kMaxThreads = 512;
 constexpr int kColumnThreads = 128;
-constexpr int kMaxClusterParts = 8;  // the largest portable cluster
+constexpr int kMaxClusterParts = 16;
 constexpr int kMaxGridY = 65535;
+constexpr int64_t kMaxRows = 1 << 30;  // counted in 32 bits, those missing in the last block included
 
 struct Ladder {
   int threads = 1;  // per part of a row: a power of two up to 32, or a multiple of 32
   int packs = 1;    // per thread
   int parts = 1;    // per row
   int groups = 1;   // groups of `threads` in a block, each with a row of its own
+  int most_parts = 1;  // of a cluster
   int64_t row_packs = 0;
 
-  bool fits_a_cluster() const { return parts <= kMaxClusterParts; }
+  bool fits_a_cluster() const { return parts <= most_parts; }
 };
 
 constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -36,9 +38,10 @@ constexpr int power_of_two_from(int64_t n) {
   return power;
 }
 
-// At most `packs` per thread; short rows share a block of `block_threads`.
-inline Ladder ladder_for(int64_t d, int pack_width, int packs, int block_threads) {
+// At most `packs` per thread; short rows share a block of `block_threads`, long ones a cluster of up to `most_parts`.
+inline Ladder ladder_for(int64_t d, int pack_width, int packs, int block_threads, int most_parts) {
   Ladder l;
+  l.most_parts = most_parts;
   l.row_packs = ceil_div(d, pack_width);
   if (l.row_packs <= 32 * packs) {
     // At least 4 lanes, 64 neighbouring bytes; not more than needed, for the work per row is shared by few elements.
@@ -46,7 +49,7 @@ inline Ladder ladder_for(int64_t d, int pack_width, int packs, int block_threads
     l.packs = power_of_two_from(ceil_div(l.row_packs, l.threads));
   } else {
     int64_t parts = ceil_div(l.row_packs, int64_t(kMaxThreads) * packs);
-    if (parts <= kMaxClusterParts) parts = power_of_two_from(parts);
+    if (parts <= most_parts) parts = power_of_two_from(parts);
     l.parts = static_cast<int>(parts);
     l.packs = packs;
     l.threads = static_cast<int>(ceil_div(ceil_div(l.row_packs, parts * packs), 32) * 32);
@@ -60,12 +63,12 @@ constexpr int kBackwardElements = 16;       // per thread: as many fp32 gain gra
 constexpr int pack_width(DType stream) { return static_cast<int>(16 / size_of(stream)); }
 
 inline Ladder forward_ladder(int64_t d, DType stream) {
-  return ladder_for(d, pack_width(stream), kForwardPacks, 128);
+  return ladder_for(d, pack_width(stream), kForwardPacks, 128, kPortableCluster);
 }
 
 // One block fills half a multiprocessor's registers or more: few blocks, so few partial sums of the gain's gradient.
 inline Ladder backward_ladder(int64_t d, DType stream) {
-  return ladder_for(d, pack_width(stream), kBackwardElements / pack_width(stream), kMaxThreads);
+  return ladder_for(d, pack_width(stream), kBackwardElements / pack_width(stream), kMaxThreads, kMaxClusterParts);
 }
 
 // The i of 2^i = parts: how Device::resident_clusters is indexed.
@@ -112,8 +115,9 @@ inline bool packs_are_aligned(const Rows& t, DType dtype, int pack_width) {
 
 inline bool is_wide(const ForwardParams& p) {
   const int w = pack_width(p.stream);
+  const DType y = p.quantization ? p.quantization->dtype : p.branch;
   return p.d % w == 0 && packs_are_aligned(p.x, p.branch, w) && packs_are_aligned(p.residual, p.stream, w) &&
-         packs_are_aligned({p.y, p.d}, p.branch, w) && packs_are_aligned({p.sum, p.d}, p.stream, w) &&
+         packs_are_aligned({p.y, p.d}, y, w) && packs_are_aligned({p.sum, p.d}, p.stream, w) &&
          packs_are_aligned({p.weight.data, 0}, p.weight.dtype, w);
 }
 

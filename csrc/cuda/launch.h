@@ -7,6 +7,7 @@
 namespace bhyt::cuda {
 
 cudaError_t forward(const ForwardParams& p, const Device& device, cudaStream_t stream);
+cudaError_t forward_quantized(const ForwardParams& p, const Device& device, cudaStream_t stream);
 
 // `workspace`: backward_workspace(p, device) bytes of scratch, aligned to 16.
 int64_t backward_workspace(const BackwardParams& p, const Device& device);

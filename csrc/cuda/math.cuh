@@ -12,6 +12,10 @@ struct f16 {
 struct bf16 {
   uint16_t bits;
 };
+// Of quantised outputs, which nothing reads.
+struct Byte {
+  uint8_t bits;
+};
 
 template <class T>
 using Accumulate = std::conditional_t<std::is_same_v<T, double>, double, float>;
@@ -37,6 +41,21 @@ BHYT_DEVICE T narrow(A v) {
   } else {
     return static_cast<T>(v);
   }
+}
+
+// float8_e4m3fn, saturating; every NaN is 0x7f. Steps of 2^-9 below 2^-6, else 3 bits of mantissa.
+BHYT_DEVICE uint32_t round_to_float8(float v) {
+  const uint32_t bits = hw::float_to_bits(v), magnitude = bits & 0x7fffffff;
+  const uint32_t size = magnitude < 0x43e00000 ? magnitude : 0x43e00000;  // 448
+  const uint32_t normal = ((size + 0x7ffff + (size >> 20 & 1)) >> 20) - (120 << 3);
+  const uint32_t steps = hw::float_to_bits(hw::add(hw::bits_to_float(size), 0x1p14f)) & 0xff;
+  return v != v ? 0x7f : (size < 0x3c800000 ? steps : normal) | (bits >> 24 & 0x80);
+}
+
+// Two, `low` in the lower byte.
+BHYT_DEVICE uint32_t to_float8_pair(float low, float high) {
+  if (hw::has_float8()) return hw::to_float8_pair(low, high);
+  return round_to_float8(low) | round_to_float8(high) << 8;
 }
 
 // Element i of a tensor whose dtype is known at run time only.
@@ -100,9 +119,9 @@ struct Scalar {
   uint32_t low = 0, high = 0;
   DType dtype;
 
-  BHYT_DEVICE explicit Scalar(const Values& t) : dtype(t.dtype) {
+  BHYT_DEVICE explicit Scalar(const Values& t, bool given) : dtype(t.dtype) {
     const int bytes = dtype == DType::f64 ? 8 : dtype == DType::f32 ? 4 : 2;
-    if (t.data) hw::load_scalar(t.data, bytes, low, high);
+    if (given) hw::load_scalar(t.data, bytes, low, high);
   }
 
   template <class A>
@@ -122,8 +141,9 @@ struct SiteScalars {
   Constants<A> constants;
   Scalar lam, offset;
 
-  BHYT_DEVICE SiteScalars(const SiteParams& p, const Constants<A>& constants)
-      : constants(constants), lam(p.lam), offset(p.offset) {}
+  // Exact sites have no offset: to say so here saves asking.
+  BHYT_DEVICE SiteScalars(const SiteParams& p, const Constants<A>& constants, bool exact = false)
+      : constants(constants), lam(p.lam, true), offset(p.offset, !exact && p.offset.data) {}
 };
 
 // The one place where a is made, from the variance as stored: an approximate forward given the variance of an exact
@@ -155,31 +175,33 @@ struct Scales {
 // their worst.
 constexpr float kSmall = 0.9f;
 
-// z + z s P(s), s = z^2, minimax for |z| < kSmall: within 1.1 ulp (2^-25.9 before rounding), or with two terms less
-// within a relative 2^-18.2 = 3.3e-6, a three-hundredth of what rounding to 16 bits costs.
-template <bool to_16_bits = false>
+// z (1 + s P(s)), s = z^2, minimax for |z| < kSmall: within 1.1 ulp (2^-25.9 before rounding).
 BHYT_DEVICE float tanh_small(float z) {
   const float s = hw::mul(z, z);
-  float p;
-  if constexpr (to_16_bits) {
-    p = 0.010711031034588814f;
-    p = hw::fma(p, s, -0.047523919492959976f);
-    p = hw::fma(p, s, 0.13173407316207886f);
-    p = hw::fma(p, s, -0.3332051932811737f);
-  } else {
-    p = 0.0013039589393883944f;
-    p = hw::fma(p, s, -0.006860054098069668f);
-    p = hw::fma(p, s, 0.02090412564575672f);
-    p = hw::fma(p, s, -0.05372149124741554f);
-    p = hw::fma(p, s, 0.13330359756946564f);
-    p = hw::fma(p, s, -0.3333321213722229f);
-  }
-  return hw::fma(hw::mul(z, s), p, z);
+  float p = 0.0013039589393883944f;
+  p = hw::fma(p, s, -0.006860054098069668f);
+  p = hw::fma(p, s, 0.02090412564575672f);
+  p = hw::fma(p, s, -0.05372149124741554f);
+  p = hw::fma(p, s, 0.13330359756946564f);
+  p = hw::fma(p, s, -0.3333321213722229f);
+  return hw::mul(z, hw::fma(s, p, 1.f));  // keeps the sign of -0
 }
 
-BHYT_DEVICE float half_complement(float z) {  // r = 1 / (1 + exp(2|z|)) = (1 - tanh|z|) / 2
+// The same for 16-bit results, with two terms less: within a relative 2^-18.2 = 3.3e-6, a three-hundredth of what their
+// rounding costs. Of y = z / kUnit: whether |z| < kSmall is then a bit of s = y^2, the highest of its exponent.
+constexpr float kUnit = 0.6363961f;  // kSmall / sqrt(2)
+BHYT_DEVICE float tanh_small(float y, float s) {
+  float p = 0.00018339134112466127f;
+  p = hw::fma(p, s, -0.0020091149490326643f);
+  p = hw::fma(p, s, 0.013751043006777763f);
+  p = hw::fma(p, s, -0.08588044345378876f);
+  p = hw::fma(p, s, kUnit);
+  return hw::mul(p, y);
+}
+
+BHYT_DEVICE float half_complement(float z, float unit = 1) {  // r = 1 / (1 + exp(2|z unit|)) = (1 - tanh|z unit|) / 2
   const float twice_log2e = 2.885390081777927f;
-  return hw::reciprocal_approx(hw::add(1.f, hw::exp2_approx(hw::mul(hw::abs(z), twice_log2e))));
+  return hw::reciprocal_approx(hw::add(1.f, hw::exp2_approx(hw::mul(hw::abs(z), twice_log2e * unit))));
 }
 
 template <int W>
@@ -194,29 +216,42 @@ BHYT_DEVICE bool all_small(const float (&z)[W]) {
 template <int W>
 BHYT_DEVICE void tanh_accurate(const float (&z)[W], float (&t)[W]) {
 #pragma unroll
-  for (int j = 0; j < W; ++j) t[j] = hw::copysign(tanh_small(z[j]), z[j]);
+  for (int j = 0; j < W; ++j) t[j] = tanh_small(z[j]);
   if (all_small(z)) return;
 #pragma unroll
   for (int j = 0; j < W; ++j)
     if (!(hw::abs(z[j]) < kSmall)) t[j] = hw::copysign(hw::fma(-2.f, half_complement(z[j]), 1.f), z[j]);
 }
 
-// t = tanh(z), u = 1 - t^2, which cancels for large t only: there it is 4 r (1 - r).
+// t = tanh(a x), u = 1 - t^2, which cancels for large t only: there it is 4 r (1 - r).
 template <bool to_16_bits = false, int W>
-BHYT_DEVICE void tanh_and_slope(const float (&z)[W], float (&t)[W], float (&u)[W]) {
+BHYT_DEVICE void tanh_and_slope(float a, const float (&x)[W], float (&t)[W], float (&u)[W]) {
+  constexpr float unit = to_16_bits ? kUnit : 1.f;
+  if constexpr (to_16_bits) a = hw::mul(a, 1 / kUnit);
+  float z[W];
+  uint32_t squares = 0;
 #pragma unroll
   for (int j = 0; j < W; ++j) {
-    t[j] = tanh_small<to_16_bits>(z[j]);
+    z[j] = hw::mul(a, x[j]);
+    if constexpr (to_16_bits) {
+      const float s = hw::mul(z[j], z[j]);
+      squares |= hw::float_to_bits(s);
+      t[j] = tanh_small(z[j], s);
+    } else {
+      t[j] = tanh_small(z[j]);
+    }
     u[j] = hw::fma(-t[j], t[j], 1.f);
   }
-  if (all_small(z)) return;
+  if (to_16_bits ? squares < hw::float_to_bits(2.f) : all_small(z)) return;
+  hw::pin(a);  // for z is made anew here: kept until now it costs registers
 #pragma unroll
-  for (int j = 0; j < W; ++j)
-    if (!(hw::abs(z[j]) < kSmall)) {
-      const float r = half_complement(z[j]);
-      t[j] = hw::copysign(hw::fma(-2.f, r, 1.f), z[j]);
-      u[j] = hw::mul(hw::mul(4.f, r), hw::add(1.f, -r));
-    }
+  for (int j = 0; j < W; ++j) {
+    const float large = hw::mul(a, x[j]);
+    if (to_16_bits ? hw::mul(large, large) < 2.f : hw::abs(large) < kSmall) continue;
+    const float r = half_complement(large, unit);
+    t[j] = hw::copysign(hw::fma(-2.f, r, 1.f), large);
+    u[j] = hw::mul(hw::mul(4.f, r), hw::add(1.f, -r));
+  }
 }
 
 template <int W>
@@ -226,21 +261,23 @@ BHYT_DEVICE void tanh_accurate(const double (&z)[W], double (&t)[W]) {
 }
 
 template <bool = false, int W>
-BHYT_DEVICE void tanh_and_slope(const double (&z)[W], double (&t)[W], double (&u)[W]) {
+BHYT_DEVICE void tanh_and_slope(double a, const double (&x)[W], double (&t)[W], double (&u)[W]) {
 #pragma unroll
   for (int j = 0; j < W; ++j) {
-    t[j] = hw::tanh(z[j]);
-    const double r = hw::div(1., hw::add(1., hw::exp(hw::mul(2., hw::abs(z[j])))));
+    const double z = hw::mul(a, x[j]);
+    t[j] = hw::tanh(z);
+    const double r = hw::div(1., hw::add(1., hw::exp(hw::mul(2., hw::abs(z)))));
     u[j] = hw::mul(hw::mul(4., r), hw::add(1., -r));
   }
 }
 
 // t = tanh(z) as exactly as the stream asks: a narrow branch on a wide stream gets what add-then-forward would give it,
 // y of the sum, rounded. For 16-bit streams the instruction's 1.1e-5 is 0.003 ulp of bf16 and 0.023 ulp of fp16 on top
-// of the 0.5 of rounding; a float stream gets the accurate one.
-template <class Stream, class A, int W>
+// of the 0.5 of rounding; a float stream gets the accurate one, and so do eight bits: up to 255 steps to the
+// ten-thousandth.
+template <class Stream, class Y, class A, int W>
 BHYT_DEVICE void tanh_for(const A (&z)[W], A (&t)[W]) {
-  if constexpr (sizeof(Stream) == 2 && std::is_same_v<A, float>) {
+  if constexpr (sizeof(Stream) == 2 && sizeof(Y) == 2) {
 #pragma unroll
     for (int j = 0; j < W; ++j) t[j] = hw::tanh_approx(z[j]);
   } else {

@@ -34,6 +34,11 @@ BHYT_DEVICE void open_cluster(const Place& place, SumSlots<A>& slots) {
 
 template <class A>
 BHYT_DEVICE A butterfly(A v, int lanes) {
+  if (lanes >= 32) {  // without a test for each step
+#pragma unroll
+    for (int mask = 16; mask > 0; mask /= 2) v = hw::add(v, hw::shuffle_xor(v, mask));
+    return v;
+  }
 #pragma unroll
   for (int mask = 16; mask > 0; mask /= 2)
     if (mask < lanes) v = hw::add(v, hw::shuffle_xor(v, mask));
@@ -46,14 +51,15 @@ template <bool groups_apart = false, class A>
 BHYT_DEVICE A group_sum(A v, const Ladder& ladder, const Place& place, SumSlots<A>& slots, int turn) {
   v = butterfly(v, ladder.threads);
   if (ladder.threads <= 32) return v;
-  A* sums = slots.warp[turn & 1] + place.group * (ladder.threads / 32);
-  const int lane = place.lane % 32;
-  if (lane == 0) sums[place.lane / 32] = v;
+  const unsigned warps = ladder.threads / 32u, warp = place.lane / 32u, lane = place.lane % 32u;
+  A* const sums = slots.warp[turn & 1] + place.group * warps;
+  if (lane == 0) sums[warp] = v;
   if constexpr (groups_apart)
     hw::barrier(1 + place.group, ladder.threads);
   else
     hw::block_barrier();
-  return butterfly(lane < ladder.threads / 32 ? sums[lane] : A(0), 32);
+  // As many lanes as there can be warps; each half of this one does the same.
+  return butterfly(lane % 16 < warps ? sums[lane % 16] : A(0), kMaxThreads / 32);
 }
 
 // The sum over the parts, one per block of a cluster, given to all their threads. `turn` counts the calls. No barrier:

@@ -12,7 +12,7 @@ constexpr int kPackWidth = 16 / sizeof(Stream);
 
 template <class T, int W>
 struct Pack {
-  static constexpr int kWords = W * sizeof(T) / 4;
+  static constexpr int kWords = (W * sizeof(T) + 3) / 4;
   static constexpr int kAccess = kWords < 4 ? kWords : 4;  // words per access: at most 16 bytes
   uint32_t words[kWords];
 
@@ -27,6 +27,16 @@ struct Pack {
     } else {
       return hw::bits_to_double(words[2 * j], words[2 * j + 1]);
     }
+  }
+
+  // The same by other instructions where there are some, which the compiler does not take for the same: it would keep
+  // widened numbers in registers rather than make them again.
+  template <class A>
+  BHYT_DEVICE A get_apart(int j) const {
+    if constexpr (std::is_same_v<T, bf16>)
+      return hw::bits_to_float(hw::half_to_upper(words[j / 2], j % 2));
+    else
+      return get<A>(j);
   }
 
   template <class A>
@@ -79,6 +89,7 @@ struct Pack {
   template <bool wide>
   BHYT_DEVICE void store(T* row, int64_t first, int64_t d) const {
     if constexpr (wide) {
+      static_assert(W * sizeof(T) % 4 == 0);
 #pragma unroll
       for (int i = 0; i < kWords; i += kAccess)
         hw::store_words<kAccess>(reinterpret_cast<uint32_t*>(row + first) + i, words + i);
@@ -103,7 +114,9 @@ struct Pack {
   }
 
   BHYT_DEVICE T element(int j) const {
-    if constexpr (sizeof(T) == 2) {
+    if constexpr (sizeof(T) == 1) {
+      return {static_cast<uint8_t>(words[j / 4] >> j % 4 * 8)};
+    } else if constexpr (sizeof(T) == 2) {
       return {static_cast<uint16_t>(j % 2 ? words[j / 2] >> 16 : words[j / 2])};
     } else if constexpr (sizeof(T) == 4) {
       return hw::bits_to_float(words[j]);
@@ -130,11 +143,29 @@ struct Gains {
 
   template <bool wide>
   BHYT_DEVICE static Gains load(const Values& weight, int64_t first, int64_t d) {
-    if (weight.data == nullptr) return ones();
+    return weight.data ? load_given<wide>(weight, first, d) : ones();
+  }
+
+  template <bool wide>
+  BHYT_DEVICE static Gains load_given(const Values& weight, int64_t first, int64_t d) {
     return {Pack<Weight, W>::template load<wide>(static_cast<const Weight*>(weight.data), first, d)};
   }
 
   BHYT_DEVICE A get(int j) const { return pack.template get<A>(j); }
+  BHYT_DEVICE A times(int j, A v) const { return hw::mul(get(j), v); }
+};
+
+// No gain is given.
+struct NoGain {};
+
+template <class A, int W>
+struct Gains<NoGain, A, W> {
+  template <bool wide>
+  BHYT_DEVICE static Gains load_given(const Values&, int64_t, int64_t) {
+    return {};
+  }
+
+  BHYT_DEVICE A times(int, A v) const { return v; }
 };
 
 template <class A, int W>
@@ -150,6 +181,7 @@ struct Gains<AnyFloat, A, W> {
   }
 
   BHYT_DEVICE A get(int j) const { return values[j]; }
+  BHYT_DEVICE A times(int j, A v) const { return hw::mul(get(j), v); }
 };
 
 }  // namespace bhyt::cuda

@@ -18,7 +18,8 @@ namespace rows {
 using bhyt::DType;
 
 inline const char* name(DType t) {
-  return t == DType::f16 ? "f16" : t == DType::bf16 ? "bf16" : t == DType::f32 ? "f32" : "f64";
+  const char* const names[] = {"f16", "bf16", "f32", "f64", "i8", "u8", "f8"};
+  return names[int(t)];
 }
 inline int mantissa_bits(DType t) { return t == DType::f16 ? 10 : t == DType::bf16 ? 7 : t == DType::f32 ? 23 : 52; }
 inline int lowest_exponent(DType t) { return t == DType::f16 ? -14 : t == DType::f64 ? -1022 : -126; }
@@ -62,6 +63,9 @@ class Tensor {
     const char* at = data_ + (row * stride + i) * bhyt::size_of(dtype);
     if (dtype == DType::f64) return read<double>(at);
     if (dtype == DType::f32) return read<float>(at);
+    if (dtype == DType::i8) return read<int8_t>(at);
+    if (dtype == DType::u8) return read<uint8_t>(at);
+    if (dtype == DType::f8) return read_float8(read<uint8_t>(at));
     const uint32_t bits = read<uint16_t>(at);
     if (dtype == DType::bf16) return read_bits(bits << 16);
     const int e = bits >> 10 & 31, m = bits & 1023;
@@ -132,6 +136,11 @@ class Tensor {
     float f;
     std::memcpy(&f, &bits, 4);
     return f;
+  }
+  static double read_float8(uint32_t bits) {
+    const int e = bits >> 3 & 15, m = bits & 7;
+    const double v = (bits & 0x7f) == 0x7f ? NAN : e ? std::ldexp(8 + m, e - 10) : std::ldexp(m, -9);
+    return bits & 0x80 ? -v : v;
   }
   template <class T>
   static void write(char* at, T v) {

@@ -21,6 +21,7 @@
 
 #define BHYT_DEVICE inline
 #define BHYT_KERNEL(max_threads) void
+#define BHYT_KERNEL_SHARING(max_threads, blocks) void
 
 using cudaStream_t = void*;
 enum cudaError_t { cudaSuccess, cudaErrorInvalidValue, cudaErrorInvalidConfiguration };
@@ -126,6 +127,7 @@ enum class Order { ascending, descending, shuffled };
 
 struct Machine {
   Order order = Order::ascending;
+  bool has_float8 = true;
   int threads_x = 1, threads_y = 1, blocks_y = 1, cluster = 1;
   int64_t blocks_x = 1, launches = 0;
   std::vector<Block> blocks;  // of the cluster that runs
@@ -214,7 +216,7 @@ cudaError_t run(const Grid& grid, std::function<void()> body) {
   const int threads = m.block_threads();
   const bool legal = grid.blocks_x >= 1 && grid.blocks_x <= 0x7fffffff && grid.blocks_y >= 1 &&
                      grid.blocks_y <= 65535 && threads >= 1 && threads <= 512 && grid.shared_bytes <= 48 << 10 &&
-                     grid.cluster >= 1 && grid.cluster <= 8 && grid.blocks_y % grid.cluster == 0;
+                     grid.cluster >= 1 && grid.cluster <= 16 && grid.blocks_y % grid.cluster == 0;
   if (!legal) return cudaErrorInvalidConfiguration;
 
   for (int64_t x = 0; x < m.blocks_x; ++x)
@@ -279,6 +281,8 @@ inline uint32_t to_small_float(double v, int exponent, int mantissa) {
 // The twins of csrc/cuda/hardware.cuh ------------------------------------------------------------------------------
 
 namespace bhyt::cuda::hw {
+
+constexpr int kArch = 0;
 
 inline int thread_x() { return simt::machine().current->x; }
 inline int thread_y() { return simt::machine().current->y; }
@@ -392,6 +396,8 @@ inline double tanh(double a) { return std::tanh(a); }
 template <class A>
 void pin(A&) {}
 
+inline bool has_float8() { return simt::machine().has_float8; }
+
 inline float exp2_approx(float a) { return simt::perturbed(static_cast<float>(std::exp2(static_cast<double>(a))), 2); }
 inline float reciprocal_sqrt_approx(float a) {
   return simt::perturbed(static_cast<float>(1 / std::sqrt(static_cast<double>(a))), 2);
@@ -442,6 +448,27 @@ uint32_t to_bfloat_bits(A v) { return simt::to_small_float(v, 8, 7); }
 inline uint32_t to_half_pair(float low, float high) { return to_half_bits(low) | to_half_bits(high) << 16; }
 inline uint32_t to_bfloat_pair(float low, float high) { return to_bfloat_bits(low) | to_bfloat_bits(high) << 16; }
 
+// float8_e4m3fn has the steps of a format with 5 bits of exponent, 2^8 below; no infinity, so that 448 is the last number.
+inline uint32_t to_float8(float v) {
+  if (std::isnan(v)) return 0x7f;
+  const uint32_t size = simt::to_small_float(std::ldexp(std::fabs(static_cast<double>(v)), -8), 5, 3);
+  return std::min(size, 0x7eu) | (std::signbit(v) ? 0x80 : 0);
+}
+inline uint32_t to_float8_pair(float low, float high) {
+  if (!has_float8()) simt::fail("an instruction that older devices lack");
+  return to_float8(low) | to_float8(high) << 8;
+}
+
+template <class A>
+int to_int16(A v) {
+  return std::isnan(v) ? 0 : static_cast<int>(std::nearbyint(std::fmin(std::fmax(v, A(-32768)), A(32767))));
+}
+inline uint32_t to_int8_pair(int low, int high, uint32_t above) {
+  const auto byte = [](int v) { return static_cast<uint32_t>(std::min(std::max(v, -128), 127)) & 0xff; };
+  return above << 16 | byte(high) << 8 | byte(low);
+}
+inline uint32_t half_to_upper(uint32_t word, bool upper) { return upper ? word & 0xffff0000u : word << 16; }
+
 inline void check_aligned(const void* address, int bytes) {
   if (reinterpret_cast<uintptr_t>(address) % bytes) simt::fail("a vector access is not aligned");
 }
@@ -451,6 +478,8 @@ void load_words(uint32_t* to, const void* from) {
   check_aligned(from, words * 4);
   std::memcpy(to, from, words * 4);
 }
+
+inline void prefetch(const void*) {}
 
 template <int words>
 void store_words(void* to, const uint32_t* from) {

@@ -100,7 +100,8 @@ Outputs run(const Case& c, const Inputs& in) {
   cuda::Device device;
   device.multiprocessors = c.multiprocessors;
   device.hopper_or_later = c.clusters;
-  if (c.clusters) device.resident_clusters[1] = device.resident_clusters[2] = device.resident_clusters[3] = 2;
+  if (c.clusters)
+    for (int i = 1; i < cuda::kClusterSizes; ++i) device.resident_clusters[i] = 2;
   const int64_t bytes = cuda::backward_workspace(p, device);
   Tensor workspace(DType::f32, 1, bytes / 4);
   check(cuda::backward(p, workspace.data(), device, {}) == cudaSuccess, "returns success: " + c.text());
@@ -299,12 +300,15 @@ int main() {
       Case many;  // several turns of every persistent block, the last one short
       many.exact = exact, many.branch = many.stream = dtype;
       many.grad_variance = exact, many.grad_sum = !exact;
-      many.rows = 1003, many.d = 40;
+      many.rows = 1003, many.d = 40, many.pad = 8;
       test(many);
-      many.rows = 37, many.d = 1032;
+      many.rows = 37, many.d = 1032, many.pad = 0;
       test(many);
       many.rows = 9, many.d = 20000, many.multiprocessors = 5;  // a cluster of several parts, several turns
       test(many);
+      Case blocks = many;  // more partial sums than a thread of sum_partials has on their way at once
+      blocks.rows = 450, blocks.d = 7, blocks.multiprocessors = 32;
+      test(blocks, false);
       Case some;
       some.exact = exact, some.branch = some.stream = dtype;
       for (int64_t d : {96, 8200})

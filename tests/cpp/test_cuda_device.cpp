@@ -50,8 +50,8 @@ void code_decides() {
   check(device.index == 3 && device.multiprocessors == 132, "index and multiprocessors are the device's");
   check(device.hopper_or_later && device.code.ptx == 90 && device.code.binary == 90, "sm_90 on 9.0 has clusters");
   check(device.resident_clusters[0] == 0 && device.resident_clusters[1] == 66 && device.resident_clusters[2] == 33 &&
-            device.resident_clusters[3] == 0,
-        "clusters of 2, 4 and 8 blocks are counted, of which the last do not fit");
+            device.resident_clusters[3] == 0 && device.resident_clusters[4] == 8,
+        "clusters of 2, 4, 8 and 16 blocks are counted, of which those of 8 do not fit");
 
   for (int capability : {90, 100, 110, 120}) {
     const FakeDriver old{{80, capability}};  // BHYT_CUDA_ARCHS=80 on a newer device
@@ -65,7 +65,7 @@ void code_decides() {
 }
 
 void failures_leave_nothing() {
-  for (int fails = 1; fails <= 5; ++fails) {
+  for (int fails = 1; fails <= 6; ++fails) {
     Device device;
     check(describe(FakeDriver{{90, 90}, fails}, 3, &device) == kFailure, "a question without an answer is an error");
     check(device.multiprocessors == 1 && !device.hopper_or_later, "and nothing of the device is taken over");

@@ -70,6 +70,15 @@ void alignment() {
   check(!wide(DType::bf16, 64, 64, 2, DType::bf16, 0), "x starts off a pack");
   check(!wide(DType::bf16, 64, 64, 0, DType::bf16, 8), "weight starts off a pack");
   check(wide(DType::f32, 64, 68, 0, DType::bf16, 8), "4 bf16 gains are an access of 8 bytes");
+  const auto wide_bytes = [&](DType stream, int offset) {
+    ForwardParams p;
+    p.d = 64, p.branch = p.stream = stream, p.quantization = Quantization();
+    p.x = {memory, 64};
+    p.y = memory + offset;
+    return is_wide(p);
+  };
+  check(wide_bytes(DType::bf16, 8) && !wide_bytes(DType::bf16, 4), "8 bytes of a quantised y are one access");
+  check(wide_bytes(DType::f32, 4) && !wide_bytes(DType::f32, 2), "as are 4 beside fp32");
   BackwardParams b;
   b.d = 64, b.branch = DType::bf16, b.stream = DType::f32;
   b.x = {memory, 64}, b.grad_y = {memory + 8, 64}, b.grad_x = memory;
@@ -86,7 +95,7 @@ void alignment() {
 void persistent(const Ladder& l) {
   Device device;
   device.multiprocessors = 132;
-  device.resident_clusters[1] = 66, device.resident_clusters[2] = 32, device.resident_clusters[3] = 16;
+  device.resident_clusters[1] = 66, device.resident_clusters[2] = 32, device.resident_clusters[3] = 16, device.resident_clusters[4] = 8;
   check(persistent_blocks(l, device) * l.parts <= 2 * 132, "persistent blocks fit");
   check(blocks_per_multiprocessor(l) * l.threads * l.groups <= 512, "persistent blocks' registers fit");
 }
@@ -107,6 +116,11 @@ int main() {
   check(forward_ladder(4096, DType::bf16).threads == 128, "4096 in bf16: 4 packs for each of 128 threads");
   check(forward_ladder(64, DType::bf16).groups == 32, "32 short rows share a block");
   check(forward_ladder(131072, DType::bf16).parts == 8, "131072 in bf16 fits a cluster");
+  check(backward_ladder(131072, DType::bf16).parts == 16 && backward_ladder(131072, DType::bf16).fits_a_cluster(),
+        "backward: 131072 takes a cluster of 16");
+  check(!backward_ladder(131080, DType::bf16).fits_a_cluster(), "and no row is longer than that");
+  check(forward_ladder(131080, DType::bf16).parts == 9 && !forward_ladder(131080, DType::bf16).fits_a_cluster(),
+        "forward: clusters of 8 at most");
   check(backward_ladder(4096, DType::bf16).groups == 2, "backward: two rows of 256 threads share a block");
   alignment();
   return rows::report("ladder");

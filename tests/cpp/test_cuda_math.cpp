@@ -22,13 +22,13 @@ void tanh_of_floats() {
     const float z[2] = {x, -x};
     float t[2], t_again[2], u[2];
     tanh_accurate(z, t);
-    tanh_and_slope(z, t_again, u);
+    tanh_and_slope(1.f, z, t_again, u);
     const double right = std::tanh(double(x));
     const double error = std::fabs(t[0] - right) / rows::ulp(right, DType::f32);
     if (error > worst) worst = error, at = x;
     if (t[1] != -t[0] || t_again[0] != t[0] || t[0] > 1) check(false, "odd, bounded, the same twice");
     float t_short[2], u_short[2];
-    tanh_and_slope<true>(z, t_short, u_short);
+    tanh_and_slope<true>(1.f, z, t_short, u_short);
     if (right > 1e-30) worst_short = std::fmax(worst_short, std::fabs(t_short[0] - right) / right);
     if (u[0] > 1e-30) worst_short = std::fmax(worst_short, std::fabs(u_short[0] - u[0]) / u[0]);
     const double e = std::exp(-2. * x), slope = 4 * e / ((1 + e) * (1 + e));
@@ -48,11 +48,11 @@ void special_values() {
   check(t[0] == 0 && !std::signbit(t[0]) && t[1] == 0 && std::signbit(t[1]), "tanh keeps the sign of zero");
   check(t[2] == 1 && t[3] == -1 && t[6] == 1, "tanh of infinities and large arguments");
   check(std::isnan(t[4]) && t[5] == z[5], "tanh of NaN and of subnormals");
-  tanh_and_slope(z, t, u);
+  tanh_and_slope(1.f, z, t, u);
   check(u[0] == 1 && u[2] == 0 && u[3] == 0 && std::isnan(u[4]) && std::isnan(t[4]) && u[6] == 0, "slopes of the same");
   const double w[2] = {0.5, 400};
   double td[2], ud[2];
-  tanh_and_slope(w, td, ud);
+  tanh_and_slope(1., w, td, ud);
   const double slope = 1 / (std::cosh(.5) * std::cosh(.5));
   check(std::fabs(ud[0] - slope) < 1e-15 && ud[1] >= 0 && ud[1] < 1e-300, "float64 slope");
   const float small[2] = {NAN, 0.1f};
@@ -88,6 +88,40 @@ void conversions(DType dtype) {
     const float pair[2] = {f, -f};
     const auto pack = Pack<T, 2>::of(pair);
     check(pack.template get<float>(0) == one.get(0, 0) && pack.template get<float>(1) == -one.get(0, 0), "pairs too");
+  }
+}
+
+// To float8_e4m3fn by integers, as older devices do it, and as the instruction: every number, every tie and the floats
+// beside it, every binade.
+void float8() {
+  rows::Tensor one(DType::f8, 1, 1);
+  const auto value = [&](uint32_t bits) {
+    *static_cast<uint8_t*>(one.data()) = static_cast<uint8_t>(bits);
+    return one.get(0, 0);
+  };
+  const auto expect = [&](float v, uint32_t bits) {
+    const uint32_t by_integers = round_to_float8(v), negative = round_to_float8(-v);
+    check(by_integers == bits && negative == (bits | 0x80), "float8 of " + std::to_string(v));
+    for (bool instruction : {false, true}) {
+      simt::machine().has_float8 = instruction;
+      check(to_float8_pair(v, -v) == (bits | (bits | 0x80) << 8), "a pair of float8");
+    }
+  };
+  for (uint32_t bits = 0; bits < 0x7e; ++bits) {
+    const float v = static_cast<float>(value(bits)), tie = static_cast<float>((value(bits) + value(bits + 1)) / 2);
+    expect(v, bits);
+    expect(tie, bits + bits % 2);
+    expect(std::nextafter(tie, 0.f), bits);
+    expect(std::nextafter(tie, 1e9f), bits + 1);
+  }
+  for (float v : {448.f, 464.f, 1e9f, INFINITY}) expect(v, 0x7e);
+  for (float v : {1e-42f, 1e-20f, 0x1p-11f}) expect(v, 0);
+  for (float nan : {NAN, -NAN}) {
+    check(round_to_float8(nan) == 0x7f, "NaN");
+    for (bool instruction : {false, true}) {
+      simt::machine().has_float8 = instruction;
+      check(to_float8_pair(nan, 1.f) == (0x7f | 0x38 << 8), "NaN of a pair");
+    }
   }
 }
 
@@ -155,6 +189,7 @@ int main() {
   packs<float, 4>(DType::f32);
   packs<float, 8>(DType::f32);
   packs<double, 2>(DType::f64);
+  float8();
   scales();
   return rows::report("math");
 }
