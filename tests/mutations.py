@@ -31,8 +31,7 @@ class Mutant(NamedTuple):
 FORWARD, BACKWARD, BOTH = ("forward",), ("backward",), ("forward", "backward")
 MATH, QUANTIZED = ("math",), ("quantized",)
 CUDA = (
-    Mutant("reduce.cuh", "for (int mask = 16; mask > 0; mask /= 2)\n    if (mask < lanes)",
-           "for (int mask = 8; mask > 0; mask /= 2)\n    if (mask < lanes)", BOTH),
+    Mutant("reduce.cuh", "if (mask < lanes) v =", "if (2 * mask < lanes) v =", BOTH),
     Mutant("reduce.cuh", "for (int mask = 16; mask > 0; mask /= 2) v =", "for (int mask = 8; mask > 0; mask /= 2) v =", BOTH),
     Mutant("reduce.cuh", "lane % 16 < warps ?", "lane % 16 + 1 < warps ?", BOTH),
     Mutant("reduce.cuh", "lane % 16 < warps ? sums[lane % 16]", "lane < warps ? sums[lane]", FORWARD),

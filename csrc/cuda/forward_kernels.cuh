@@ -160,7 +160,7 @@ forward_row_in_registers(const ForwardParams p, const Constants<Accumulate<Strea
 // Any alignment and length: the row of an exact site is read for v and again for y. Same elements per thread and same
 // order of sums as above, so the same bits.
 template <class Branch, class Stream, class Y, bool residual_added, bool exact, bool wide>
-BHYT_KERNEL(kMaxThreads)
+BHYT_KERNEL_SHARING(kMaxThreads, 1)
 forward_row_read_twice(const ForwardParams p, const Constants<Accumulate<Stream>> constants, const Ladder ladder,
                        const Output<Y, Accumulate<Stream>> output) {
   using A = Accumulate<Stream>;

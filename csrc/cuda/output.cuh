@@ -44,7 +44,7 @@ struct Output<Byte, A> {
  private:
   template <int W>
   BHYT_DEVICE Pack<Byte, W> as_integers(const A (&scaled)[W]) const {
-    int q[W];
+    int q[W];  // of 16 bits, so that adding to what has saturated does not overflow
 #pragma unroll
     for (int j = 0; j < W; ++j) q[j] = hw::to_int16(scaled[j]) + zero;
     Pack<Byte, W> pack;
