@@ -6,6 +6,7 @@
 matrices are torch's: `torch._int_mm`, and `torch._scaled_mm` for float8.
 """
 
+import platform
 from collections import Counter
 from typing import Any, Callable, Dict, List, Mapping, Optional, Sequence, Tuple
 
@@ -18,25 +19,40 @@ from bhyt.modules import BHyT, BHyTApprox, _check_rows, _ops
 # The largest number of each dtype, which the largest weight of a row and |y| = 1 become.
 _LARGEST = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0}
 _FEWEST_ROWS = 17  # that torch._int_mm takes on CUDA
+# An x86 CPU without VNNI has no int8 dot product that does not overflow: torch._int_mm is a plain loop there.
+_PLAIN_LOOP = platform.machine() == "x86_64" and not getattr(torch.cpu, "_is_vnni_supported", lambda: True)()
+_EXACT = 1024  # 1024 * 128 * 127 < 2^24: float32 adds so many products of two int8 exactly
 
 
 def _quantized_rows(x: Tensor, dtype: torch.dtype) -> Tuple[Tensor, Tensor]:
     """(q, scale [rows, 1]): each row over its largest magnitude, which becomes that of dtype; q * scale is about x."""
     x = x.float()
-    scale = x.abs().amax(-1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny) / _LARGEST[dtype]
+    scale = x.abs().amax(-1, keepdim=True).clamp_min_(torch.finfo(torch.float32).tiny).div_(_LARGEST[dtype])
     q = x / scale
-    return (q.round() if dtype == torch.int8 else q).to(dtype), scale
+    return (q.round_() if dtype == torch.int8 else q).to(dtype), scale
+
+
+def _float_product(q: Tensor, weight: Tensor) -> Tensor:
+    """The integers of torch._int_mm(q, weight.t()), by float32 products of blocks that are exact in any order."""
+    columns = q.float().split(_EXACT, 1)
+    products = []
+    for rows in weight.split(_EXACT):  # a few MiB in float32 at a time
+        parts = [torch.mm(x, w.t()) for x, w in zip(columns, rows.float().split(_EXACT, 1))]
+        products.append(parts[0] if len(parts) == 1 else sum(part.to(torch.int32) for part in parts))
+    return products[0] if len(products) == 1 else torch.cat(products, 1)
 
 
 def _product(q: Tensor, weight: Tensor) -> Tensor:
-    """q [rows, in] times weight [out, in] of its dtype: int32 or float32 [rows, out]."""
-    if q.dtype == torch.int8:
-        rows = q.shape[0]
-        if q.is_cuda and rows < _FEWEST_ROWS:
-            q = nn.functional.pad(q, (0, 0, 0, _FEWEST_ROWS - rows))
-        return torch._int_mm(q, weight.t())[:rows]
-    one = torch.ones((), device=q.device)
-    return torch._scaled_mm(q, weight.t(), scale_a=one, scale_b=one, out_dtype=torch.float32)
+    """q [rows, in] times weight [out, in] of its dtype: [rows, out], for int8 the exact integers, whatever their dtype."""
+    if q.dtype != torch.int8:
+        one = torch.ones((), device=q.device)
+        return torch._scaled_mm(q, weight.t(), scale_a=one, scale_b=one, out_dtype=torch.float32)
+    if _PLAIN_LOOP and q.device.type == "cpu":
+        return _float_product(q, weight)
+    rows = q.shape[0]
+    if q.is_cuda and rows < _FEWEST_ROWS:
+        return torch._int_mm(nn.functional.pad(q, (0, 0, 0, _FEWEST_ROWS - rows)), weight.t())[:rows]
+    return torch._int_mm(q, weight.t())
 
 
 class QuantizedLinear(nn.Module):
@@ -76,7 +92,7 @@ class QuantizedLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if self.input_scale is None:
             rows, row_scale = _quantized_rows(x.reshape(-1, self.in_features), self.weight.dtype)
-            y = _product(rows, self.weight) * self.weight_scale * row_scale
+            y = (_product(rows, self.weight) * self.weight_scale).mul_(row_scale)
             dtype = x.dtype
         elif x.dtype != self.weight.dtype:
             raise TypeError(f"x: expected {self.weight.dtype} from the site that this linear reads, got {x.dtype}")
