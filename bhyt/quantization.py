@@ -18,6 +18,7 @@ from bhyt.modules import BHyT, BHyTApprox, _check_rows, _ops
 
 # The largest number of each dtype, which the largest weight of a row and |y| = 1 become.
 _LARGEST = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0}
+_OTHERS = ("o_proj", "down_proj", "lm_head")  # Llama's linears that read no site
 _FEWEST_ROWS = 17  # that torch._int_mm takes on CUDA
 # An x86 CPU without VNNI has no int8 dot product that does not overflow: torch._int_mm is a plain loop there.
 _PLAIN_LOOP = platform.machine() == "x86_64" and not getattr(torch.cpu, "_is_vnni_supported", lambda: True)()
@@ -169,7 +170,7 @@ def quantize(
     *,
     dtype: torch.dtype = torch.int8,
     readers: Optional[Mapping[str, Sequence[str]]] = None,
-    others: Sequence[str] = ("o_proj", "down_proj", "lm_head"),
+    others: Sequence[str] = _OTHERS,
 ) -> int:
     """Turn a model with BHyT sites into an eight-bit one, in place and for good: keep the float one if it is needed.
 
@@ -186,7 +187,7 @@ def quantize(
         dtype: int8, or float8_e4m3fn on CUDA devices whose matrix products take it (compute capability 8.9 and newer).
         readers: as for `bhyt.fold_gain`: for each site by name, the names of all linears that read it. None: by the
             names of Llama's modules.
-        others: last names of further linears.
+        others: last names of further linears; one that no module has is an error, but for Llama's three.
 
     Returns:
         The number of linears.
@@ -194,7 +195,8 @@ def quantize(
     Raises:
         ValueError: another dtype, or one that the device lacks; a model without sites whose readers are known; a site
             that is quantised already, or whose offset has not been set; a linear that is not a plain torch.nn.Linear,
-            is read by two sites, or tied to another module. Nothing has been changed then.
+            is read by two sites, or tied to another module; a name in `others` that nothing has. Nothing has been
+            changed then.
     """
     pairs = _decoder_readers(model) if readers is None else readers
     linears = _checked(model, pairs, others, dtype)
@@ -282,10 +284,17 @@ def _checked(
             if linear_name in linears or uses[id(linear.weight)] > 1:
                 raise ValueError(f"{linear_name}: its weight is read by something else too, and would be wrong there")
             linears[linear_name] = name
+    last_names = set()
     for name, module in model.named_modules():
-        if name.split(".")[-1] in others and name not in linears and isinstance(module, nn.Linear):
-            _check_linear(name, module, module.in_features, meta=True)
-            linears[name] = None
+        last = name.split(".")[-1]
+        if last in others:
+            last_names.add(last)
+            if name not in linears:
+                _check_linear(name, module, getattr(module, "in_features", 0), meta=True)
+                linears[name] = None
+    for last in others:
+        if last not in last_names and last not in _OTHERS:  # of which a headless model has none
+            raise ValueError(f"others: {type(model).__name__} has no linear called {last}")
     if dtype == torch.float8_e4m3fn:
         for name in linears:
             _check_float8(name, _module(model, name).weight.device)  # type: ignore[arg-type]
