@@ -38,8 +38,10 @@ def _float_product(q: Tensor, weight: Tensor) -> Tensor:
     columns = q.float().split(_EXACT, 1)
     products = []
     for rows in weight.split(_EXACT):  # a few MiB in float32 at a time
-        parts = [torch.mm(x, w.t()) for x, w in zip(columns, rows.float().split(_EXACT, 1))]
-        products.append(parts[0] if len(parts) == 1 else sum(part.to(torch.int32) for part in parts))
+        product, *further = [torch.mm(x, w.t()) for x, w in zip(columns, rows.float().split(_EXACT, 1))]
+        for part in further:
+            product = product.to(torch.int32) + part.to(torch.int32)
+        products.append(product)
     return products[0] if len(products) == 1 else torch.cat(products, 1)
 
 
@@ -200,6 +202,10 @@ def quantize(
     """
     pairs = _decoder_readers(model) if readers is None else readers
     linears = _checked(model, pairs, others, dtype)
+    last_names = {name.split(".")[-1] for name, _ in model.named_modules()}
+    absent = [name for name in others if name not in last_names and name not in _OTHERS]
+    if absent:
+        raise ValueError(f"others: {type(model).__name__} has no linear called {absent[0]}")
     unset = [
         name
         for name in pairs
@@ -284,17 +290,10 @@ def _checked(
             if linear_name in linears or uses[id(linear.weight)] > 1:
                 raise ValueError(f"{linear_name}: its weight is read by something else too, and would be wrong there")
             linears[linear_name] = name
-    last_names = set()
     for name, module in model.named_modules():
-        last = name.split(".")[-1]
-        if last in others:
-            last_names.add(last)
-            if name not in linears:
-                _check_linear(name, module, getattr(module, "in_features", 0), meta=True)
-                linears[name] = None
-    for last in others:
-        if last not in last_names and last not in _OTHERS:  # of which a headless model has none
-            raise ValueError(f"others: {type(model).__name__} has no linear called {last}")
+        if name.split(".")[-1] in others and name not in linears:
+            _check_linear(name, module, getattr(module, "in_features", 0), meta=True)
+            linears[name] = None
     if dtype == torch.float8_e4m3fn:
         for name in linears:
             _check_float8(name, _module(model, name).weight.device)  # type: ignore[arg-type]
