@@ -62,7 +62,8 @@ def main(arguments: Optional[Sequence[str]] = None) -> None:
     parser.add_argument("result", type=Path, nargs="?", help="a quantized_accuracy.py JSON; default: the newest")
     parser.add_argument("--out", type=Path, default=REPOSITORY / "docs" / "figures" / "quantization-outliers.png")
     args = parser.parse_args(arguments)
-    result = json.loads(args.result.read_text()) if args.result else newest("quantized-accuracy-24", REPOSITORY / "benchmarks" / "results")
+    results = REPOSITORY / "benchmarks" / "results"
+    result = json.loads(args.result.read_text()) if args.result else newest("quantized-accuracy-24", results)
     if result is None:
         raise SystemExit("plot_quantized: no quantized-accuracy-24.json; run quantized_accuracy.py first")
     draw(result).savefig(args.out, dpi=130)

@@ -21,12 +21,14 @@ Eight bits    weights int8 per output channel everywhere; o_proj, down_proj and 
 Outliers  one channel of the residual stream, that of least energy, times 100 or 1000 wherever something writes to it; then
           the model is trained for `--steps` more, without which its own loss is that of no model. Or in the embedding of
           every 16th held-out token alone, which the calibration has not seen; without training
-Each norm and case is a process of its own with one thread.
+Norms and cases run in `--processes`, one thread each. What the result has already is not measured again: start the same
+command once more after an interruption.
 """
 
 import argparse
 import copy
 import dataclasses
+import json
 import math
 import multiprocessing
 import os
@@ -54,15 +56,16 @@ CASES = (("none", 1), ("every token", 100), ("every token", 1000), ("every 16th"
 FINER = (3, 4, 5, 6)
 
 
-def load(norm: str, folder: Path) -> tuple[nn.Module, int]:
-    """The trained model, its head untied, and the batch that it was trained on."""
+def load(norm: str, folder: Path) -> tuple[nn.Module, dict[str, Any]]:
+    """The trained model, its head untied, and how it was trained."""
     state = torch.load(folder / f"{norm}.pt", map_location="cpu", weights_only=False)
     identity = state["identity"]
     config = ModelConfig(**{field.name: identity[field.name] for field in dataclasses.fields(ModelConfig)})
     model = Decoder(config, BLOCKS[norm])
     model.load_state_dict(state["model"])
     model.lm_head.weight = nn.Parameter(model.embed_tokens.weight.detach().clone())
-    return model, identity["batch"]
+    trained = {key: identity[key] for key in ("lr", "batch", "seed", "text")}
+    return model, {"step": state["step"], **trained}
 
 
 @torch.no_grad()
@@ -208,7 +211,7 @@ def channel_of_least_energy(model: nn.Module, inputs: Tensor) -> int:
 def measure(norm: str, where: str, times: float, given: argparse.Namespace) -> dict[str, Any]:
     """The losses of one case."""
     torch.set_num_threads(1)
-    model, batch = load(norm, given.checkpoints)
+    model, trained = load(norm, given.checkpoints)
     seq_len = model.config.seq_len
     corpus = load_corpus(given.text, seq_len)
     held_out = corpus.validation(given.windows, seq_len)
@@ -216,7 +219,7 @@ def measure(norm: str, where: str, times: float, given: argparse.Namespace) -> d
     channel = channel_of_least_energy(model, calibration)
     if where == "every token":
         model = plant(model, channel, times)
-        recover(model, corpus, batch, given.steps)
+        recover(model, corpus, trained["batch"], given.steps)
     model = folded(model)
     largest = magnitudes(model, calibration)
     if where == "every 16th":
@@ -241,22 +244,29 @@ def main() -> None:
     parser.add_argument("--name", default="quantized-accuracy", help="of the result")
     parser.add_argument("--out", help="write the JSON here instead")
     args = parser.parse_args()
-    config = load("bhyt", args.checkpoints)[0].config
-    records: dict[tuple[str, str, float], dict[str, Any]] = {}
+    models = {norm: load(norm, args.checkpoints) for norm in ("bhyt", "rmsnorm")}
+    config = models["bhyt"][0].config
     payload: dict[str, Any] = {
         "benchmark": "quantized-accuracy", "environment": common.environment(), "model": dataclasses.asdict(config),
         "text": load_corpus(args.text, config.seq_len).name, "tokens": args.windows * config.seq_len, "steps": args.steps,
+        "trained": {norm: trained for norm, (_, trained) in models.items()},
     }  # fmt: skip
-    cases = [(norm, *case) for norm in ("bhyt", "rmsnorm") for case in CASES]
+    path = common.result_path(args.name, out=args.out)
+    before = json.loads(path.read_text()) if path.exists() else {}
+    if any(before.get(key) != payload[key] for key in ("model", "text", "tokens", "steps", "trained")):
+        before = {}  # of other settings
+    records = {(r["norm"], r["where"], r["times"]): r for r in before.get("records", [])}
+    cases = [(norm, *case) for norm in models for case in CASES]
+    missing = sorted((case for case in cases if case not in records), key=lambda case: case[1] == "every token")
     with ProcessPoolExecutor(args.processes, multiprocessing.get_context("spawn")) as pool:
-        pending = {pool.submit(measure, *case, args): case for case in cases}
+        pending = {pool.submit(measure, *case, args): case for case in missing}  # those that train come last
         for future in as_completed(pending):
             case = pending[future]
             records[case] = record = future.result()
             own = record["losses"]["float"]
             print(*case, own, {way: round(value - own, 5) for way, value in record["losses"].items()}, flush=True)
             payload["records"] = [records[case] for case in cases if case in records]
-            path = common.write_json(args.name, payload, out=args.out)  # each time: a run that is cut short leaves what it has
+            common.write_json(args.name, payload, out=args.out)
     print("written to", path)
 
 
