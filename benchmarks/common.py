@@ -255,11 +255,16 @@ def goal_line(item: Mapping[str, Any]) -> str:
     return f"{verdict}        {item['goal']}: {item['target']}, measured {item['measured']:.2f}{where}"
 
 
+def result_path(name: str, *, device: Optional[str] = None, out: Optional[str] = None) -> Path:
+    """results/<device>/<name>.json, or `out`."""
+    return Path(out) if out else RESULTS / (device or slug(cpu_model())) / f"{name}.json"
+
+
 def write_json(
     name: str, payload: Mapping[str, Any], *, device: Optional[str] = None, out: Optional[str] = None
 ) -> Path:
-    """Write results/<device>/<name>.json, or `out`; one line per problem, so that runs compare by diff."""
-    path = Path(out) if out else RESULTS / (device or slug(cpu_model())) / f"{name}.json"
+    """Write `result_path`; one line per problem, so that runs compare by diff."""
+    path = result_path(name, device=device, out=out)
     path.parent.mkdir(parents=True, exist_ok=True)
     fields = []
     for key, value in payload.items():

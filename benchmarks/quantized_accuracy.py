@@ -3,6 +3,13 @@
     python examples/pretrain.py --norm bhyt rmsnorm --out build/pretrain
     python benchmarks/quantized_accuracy.py --checkpoints build/pretrain      into results/<device>/quantized-accuracy.json
 
+    shape="--layers 24 --dim 128 --batch 2 --steps 800 --warmup 80 --seed 1 --text c4.jsonl --out build/pretrain-24"
+    python examples/pretrain.py --norm bhyt --lr 1e-2 $shape                  the study's models, each norm at its best rate
+    python examples/pretrain.py --norm rmsnorm --lr 1e-3 $shape
+    python benchmarks/quantized_accuracy.py --checkpoints build/pretrain-24 --text c4.jsonl --name quantized-accuracy-24
+
+    python benchmarks/plot_quantized.py                                       docs/figures/quantization-outliers.png
+
 Models    the BHyT and the RMSNorm one, same text, same matrices at the start
 Eight bits    weights int8 per output channel everywhere; o_proj, down_proj and lm_head quantise their input per row. Ways for
           what reads a norm:
@@ -12,15 +19,21 @@ Eight bits    weights int8 per output channel everywhere; o_proj, down_proj and 
     per token     the largest of each row, as it runs
     RMSNorm's gains are folded as BHyT's are.
 Outliers  one channel of the residual stream, that of least energy, times 100 or 1000 wherever something writes to it; then
-          the model is trained for 200 more steps, without which its own loss is that of no model. Or in the embedding of
+          the model is trained for `--steps` more, without which its own loss is that of no model. Or in the embedding of
           every 16th held-out token alone, which the calibration has not seen; without training
+Norms and cases run in `--processes`, one thread each. What the result has already is not measured again: start the same
+command once more after an interruption.
 """
 
 import argparse
 import copy
 import dataclasses
+import json
 import math
+import multiprocessing
+import os
 import sys
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any, Callable, Optional
 
@@ -38,21 +51,21 @@ from pretraining.norms import BLOCKS  # noqa: E402
 SITES = (("input_layernorm", "self_attn", ("q_proj", "k_proj", "v_proj")),
          ("post_attention_layernorm", "mlp", ("gate_proj", "up_proj")))  # fmt: skip
 OTHERS = (("self_attn", "o_proj"), ("mlp", "down_proj"))
-WINDOWS, BATCH = 128, 8
+BATCH = 8  # of what is not training
 CASES = (("none", 1), ("every token", 100), ("every token", 1000), ("every 16th", 100), ("every 16th", 1000))
-STEPS = 200
 FINER = (3, 4, 5, 6)
 
 
-def load(norm: str, folder: Path) -> nn.Module:
-    """The trained model, its head untied."""
+def load(norm: str, folder: Path) -> tuple[nn.Module, dict[str, Any]]:
+    """The trained model, its head untied, and how it was trained."""
     state = torch.load(folder / f"{norm}.pt", map_location="cpu", weights_only=False)
     identity = state["identity"]
     config = ModelConfig(**{field.name: identity[field.name] for field in dataclasses.fields(ModelConfig)})
     model = Decoder(config, BLOCKS[norm])
     model.load_state_dict(state["model"])
     model.lm_head.weight = nn.Parameter(model.embed_tokens.weight.detach().clone())
-    return model
+    trained = {key: identity[key] for key in ("lr", "batch", "seed", "text")}
+    return model, {"step": state["step"], **trained}
 
 
 @torch.no_grad()
@@ -100,15 +113,15 @@ class RareOutlier(nn.Module):
         return x
 
 
-def recover(model: nn.Module, corpus: Any, seq_len: int) -> None:
+def recover(model: nn.Module, corpus: Any, batch: int, steps: int) -> None:
     """Trains on, with data that the first training has not seen."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.0)
-    for step in range(STEPS):
+    for step in range(steps):
         if step % 10 == 0:
             model.refresh()
         for group in optimizer.param_groups:
-            group["lr"] = 1e-3 * min(1.0, (step + 1) / 20) * (1 - step / STEPS)
-        inputs, targets = corpus.batch(step, BATCH, seq_len, 2)
+            group["lr"] = 1e-3 * min(1.0, (step + 1) / 20) * (1 - step / steps)
+        inputs, targets = corpus.batch(step, batch, model.config.seq_len, 2)
         optimizer.zero_grad(set_to_none=True)
         nn.functional.cross_entropy(model(inputs).flatten(0, 1), targets.flatten()).backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -195,48 +208,66 @@ def channel_of_least_energy(model: nn.Module, inputs: Tensor) -> int:
     return int((stream + branch).square().mean((0, 1)).argmin())
 
 
-def measure(norm: str, model: nn.Module, corpus: Any, seq_len: int) -> list[dict[str, Any]]:
-    held_out = corpus.validation(WINDOWS, seq_len)
+def measure(norm: str, where: str, times: float, given: argparse.Namespace) -> dict[str, Any]:
+    """The losses of one case."""
+    torch.set_num_threads(1)
+    model, trained = load(norm, given.checkpoints)
+    seq_len = model.config.seq_len
+    corpus = load_corpus(given.text, seq_len)
+    held_out = corpus.validation(given.windows, seq_len)
     calibration, _ = corpus.batch(10**6, 8, seq_len, 1)
     channel = channel_of_least_energy(model, calibration)
-    records = []
-    for where, times in CASES:
-        if where == "every token":
-            planted = plant(model, channel, times)
-            recover(planted, corpus, seq_len)
-        else:
-            planted = copy.deepcopy(model)
-        planted = folded(planted)
-        largest = magnitudes(planted, calibration)
-        if where == "every 16th":
-            planted.embed_tokens = RareOutlier(planted.embed_tokens, channel, times)
-        ways: dict[str, nn.Module] = {"float": planted, "per token": per_token(planted)}
-        ways["calibrated"] = calibrated(planted, largest)
-        if norm == "bhyt":
-            ways["bound"] = bound(planted)
-            ways |= {f"finer {m}": bound(planted, m) for m in FINER}
-        losses = {way: round(loss(made, *held_out), 5) for way, made in ways.items()}
-        records.append({"norm": norm, "where": where, "times": times, "channel": channel, "losses": losses})
-        print(norm, where, times, {way: round(value - losses["float"], 5) if way != "float" else value
-                            for way, value in losses.items()}, flush=True)  # fmt: skip
-    return records
+    if where == "every token":
+        model = plant(model, channel, times)
+        recover(model, corpus, trained["batch"], given.steps)
+    model = folded(model)
+    largest = magnitudes(model, calibration)
+    if where == "every 16th":
+        model.embed_tokens = RareOutlier(model.embed_tokens, channel, times)
+    ways: dict[str, Callable[[], nn.Module]] = {"float": lambda: model, "per token": lambda: per_token(model)}
+    ways["calibrated"] = lambda: calibrated(model, largest)
+    if norm == "bhyt":
+        ways["bound"] = lambda: bound(model)
+        ways |= {f"finer {m}": lambda m=m: bound(model, m) for m in given.finer}
+    losses = {way: round(loss(make(), *held_out), 5) for way, make in ways.items()}
+    return {"norm": norm, "where": where, "times": times, "channel": channel, "losses": losses}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--checkpoints", type=Path, default=common.REPOSITORY / "build" / "pretrain")
     parser.add_argument("--text", nargs="+", type=Path, default=[], help="as given to pretrain.py")
+    parser.add_argument("--windows", type=int, default=128, help="held-out sequences")
+    parser.add_argument("--steps", type=int, default=200, help="of training behind a planted outlier")
+    parser.add_argument("--finer", nargs="*", type=int, default=FINER, help="the values of m")
+    parser.add_argument("--processes", type=int, default=os.cpu_count())
+    parser.add_argument("--name", default="quantized-accuracy", help="of the result")
     parser.add_argument("--out", help="write the JSON here instead")
     args = parser.parse_args()
     models = {norm: load(norm, args.checkpoints) for norm in ("bhyt", "rmsnorm")}
-    config = models["bhyt"].config
-    corpus = load_corpus(args.text, config.seq_len)
-    payload: dict[str, Any] = {"benchmark": "quantized-accuracy", "environment": common.environment(),
-                               "model": dataclasses.asdict(config), "text": corpus.name, "tokens": WINDOWS * config.seq_len,
-                               "records": []}  # fmt: skip
-    for norm, model in models.items():
-        payload["records"] += measure(norm, model, corpus, config.seq_len)
-    print("written to", common.write_json("quantized-accuracy", payload, out=args.out))
+    config = models["bhyt"][0].config
+    payload: dict[str, Any] = {
+        "benchmark": "quantized-accuracy", "environment": common.environment(), "model": dataclasses.asdict(config),
+        "text": load_corpus(args.text, config.seq_len).name, "tokens": args.windows * config.seq_len, "steps": args.steps,
+        "trained": {norm: trained for norm, (_, trained) in models.items()},
+    }  # fmt: skip
+    path = common.result_path(args.name, out=args.out)
+    before = json.loads(path.read_text()) if path.exists() else {}
+    if any(before.get(key) != payload[key] for key in ("model", "text", "tokens", "steps", "trained")):
+        before = {}  # of other settings
+    records = {(r["norm"], r["where"], r["times"]): r for r in before.get("records", [])}
+    cases = [(norm, *case) for norm in models for case in CASES]
+    missing = sorted((case for case in cases if case not in records), key=lambda case: case[1] == "every token")
+    with ProcessPoolExecutor(args.processes, multiprocessing.get_context("spawn")) as pool:
+        pending = {pool.submit(measure, *case, args): case for case in missing}  # those that train come last
+        for future in as_completed(pending):
+            case = pending[future]
+            records[case] = record = future.result()
+            own = record["losses"]["float"]
+            print(*case, own, {way: round(value - own, 5) for way, value in record["losses"].items()}, flush=True)
+            payload["records"] = [records[case] for case in cases if case in records]
+            common.write_json(args.name, payload, out=args.out)
+    print("written to", path)
 
 
 if __name__ == "__main__":

@@ -212,9 +212,16 @@ def quantized_accuracy(result: Result) -> list[str]:
     return lines + markdown(["norm", "outlier channel", "float", *ways], cells, left=2)
 
 
+def quantized_profile(result: Result) -> list[str]:
+    """CPU time of an eager decoding step, with parts of it taken away."""
+    cells = [[title, f"{ms:.2f}"] for title, ms in result["cpu_ms_per_token"].items()]
+    shape = "{num_hidden_layers} layers, d = {hidden_size}".format(**result["preset"]["config"])
+    return [caption(result), "", *markdown([f"an eager decoding step, {shape}", "CPU time, ms"], cells)]
+
+
 RENDERERS: dict[str, Callable[[Result], list[str]]] = {
     "cpu": cpu, "overhead": overhead, "compile": compiled, "model": model, "quantized": quantized,
-    "quantized-accuracy": quantized_accuracy,
+    "quantized-accuracy": quantized_accuracy, "quantized-profile": quantized_profile,
 }  # fmt: skip
 
 PARTS: dict[str, Callable[[Result], list[str]]] = {"goals": goals, "digest": digest}

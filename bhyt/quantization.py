@@ -6,6 +6,7 @@
 matrices are torch's: `torch._int_mm`, and `torch._scaled_mm` for float8.
 """
 
+import platform
 from collections import Counter
 from typing import Any, Callable, Dict, List, Mapping, Optional, Sequence, Tuple
 
@@ -17,26 +18,44 @@ from bhyt.modules import BHyT, BHyTApprox, _check_rows, _ops
 
 # The largest number of each dtype, which the largest weight of a row and |y| = 1 become.
 _LARGEST = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0}
+_OTHERS = ("o_proj", "down_proj", "lm_head")  # Llama's linears that read no site
 _FEWEST_ROWS = 17  # that torch._int_mm takes on CUDA
+# An x86 CPU without VNNI has no int8 dot product that does not overflow: torch._int_mm is a plain loop there.
+_PLAIN_LOOP = platform.machine() == "x86_64" and not getattr(torch.cpu, "_is_vnni_supported", lambda: True)()
+_EXACT = 1024  # 1024 * 128 * 127 < 2^24: float32 adds so many products of two int8 exactly
 
 
 def _quantized_rows(x: Tensor, dtype: torch.dtype) -> Tuple[Tensor, Tensor]:
     """(q, scale [rows, 1]): each row over its largest magnitude, which becomes that of dtype; q * scale is about x."""
     x = x.float()
-    scale = x.abs().amax(-1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny) / _LARGEST[dtype]
+    scale = x.abs().amax(-1, keepdim=True).clamp_min_(torch.finfo(torch.float32).tiny).div_(_LARGEST[dtype])
     q = x / scale
-    return (q.round() if dtype == torch.int8 else q).to(dtype), scale
+    return (q.round_() if dtype == torch.int8 else q).to(dtype), scale
+
+
+def _float_product(q: Tensor, weight: Tensor) -> Tensor:
+    """The integers of torch._int_mm(q, weight.t()), by float32 products of blocks that are exact in any order."""
+    columns = q.float().split(_EXACT, 1)
+    products = []
+    for rows in weight.split(_EXACT):  # a few MiB in float32 at a time
+        product, *further = [torch.mm(x, w.t()) for x, w in zip(columns, rows.float().split(_EXACT, 1))]
+        for part in further:
+            product = product.to(torch.int32) + part.to(torch.int32)
+        products.append(product)
+    return products[0] if len(products) == 1 else torch.cat(products, 1)
 
 
 def _product(q: Tensor, weight: Tensor) -> Tensor:
-    """q [rows, in] times weight [out, in] of its dtype: int32 or float32 [rows, out]."""
-    if q.dtype == torch.int8:
-        rows = q.shape[0]
-        if q.is_cuda and rows < _FEWEST_ROWS:
-            q = nn.functional.pad(q, (0, 0, 0, _FEWEST_ROWS - rows))
-        return torch._int_mm(q, weight.t())[:rows]
-    one = torch.ones((), device=q.device)
-    return torch._scaled_mm(q, weight.t(), scale_a=one, scale_b=one, out_dtype=torch.float32)
+    """q [rows, in] times weight [out, in] of its dtype: [rows, out], for int8 the exact integers, whatever their dtype."""
+    if q.dtype != torch.int8:
+        one = torch.ones((), device=q.device)
+        return torch._scaled_mm(q, weight.t(), scale_a=one, scale_b=one, out_dtype=torch.float32)
+    if _PLAIN_LOOP and q.device.type == "cpu":
+        return _float_product(q, weight)
+    rows = q.shape[0]
+    if q.is_cuda and rows < _FEWEST_ROWS:
+        return torch._int_mm(nn.functional.pad(q, (0, 0, 0, _FEWEST_ROWS - rows)), weight.t())[:rows]
+    return torch._int_mm(q, weight.t())
 
 
 class QuantizedLinear(nn.Module):
@@ -76,7 +95,7 @@ class QuantizedLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if self.input_scale is None:
             rows, row_scale = _quantized_rows(x.reshape(-1, self.in_features), self.weight.dtype)
-            y = _product(rows, self.weight) * self.weight_scale * row_scale
+            y = (_product(rows, self.weight) * self.weight_scale).mul_(row_scale)
             dtype = x.dtype
         elif x.dtype != self.weight.dtype:
             raise TypeError(f"x: expected {self.weight.dtype} from the site that this linear reads, got {x.dtype}")
@@ -153,7 +172,7 @@ def quantize(
     *,
     dtype: torch.dtype = torch.int8,
     readers: Optional[Mapping[str, Sequence[str]]] = None,
-    others: Sequence[str] = ("o_proj", "down_proj", "lm_head"),
+    others: Sequence[str] = _OTHERS,
 ) -> int:
     """Turn a model with BHyT sites into an eight-bit one, in place and for good: keep the float one if it is needed.
 
@@ -161,8 +180,8 @@ def quantize(
     read what the site writes: y / scale, the scale 1/127 (1/448 for float8) being that of the bound, known without data.
     `others` get the same weights, and quantise their input with a scale per row.
 
-    The model is in eval mode afterwards, without gradients, and refuses to run in training mode. It compiles, exports and
-    is saved as any other: a state dict loads into a model that was quantised in the same way, whatever weights it had
+    The model is in eval mode afterwards, without gradients, and refuses to run in training mode. It compiles, exports (no
+    AOTInductor package yet) and is saved as any other: a state dict loads into a model that was quantised in the same way, whatever weights it had
     then; a `transformers` model remembers it in its config, so that from_pretrained loads it as what it is.
 
     Args:
@@ -170,7 +189,7 @@ def quantize(
         dtype: int8, or float8_e4m3fn on CUDA devices whose matrix products take it (compute capability 8.9 and newer).
         readers: as for `bhyt.fold_gain`: for each site by name, the names of all linears that read it. None: by the
             names of Llama's modules.
-        others: last names of further linears.
+        others: last names of further linears; one that no module has is an error, but for Llama's three.
 
     Returns:
         The number of linears.
@@ -178,10 +197,15 @@ def quantize(
     Raises:
         ValueError: another dtype, or one that the device lacks; a model without sites whose readers are known; a site
             that is quantised already, or whose offset has not been set; a linear that is not a plain torch.nn.Linear,
-            is read by two sites, or tied to another module. Nothing has been changed then.
+            is read by two sites, or tied to another module; a name in `others` that nothing has. Nothing has been
+            changed then.
     """
     pairs = _decoder_readers(model) if readers is None else readers
     linears = _checked(model, pairs, others, dtype)
+    last_names = {name.split(".")[-1] for name, _ in model.named_modules()}
+    absent = [name for name in others if name not in last_names and name not in _OTHERS]
+    if absent:
+        raise ValueError(f"others: {type(model).__name__} has no linear called {absent[0]}")
     unset = [
         name
         for name in pairs
@@ -267,8 +291,8 @@ def _checked(
                 raise ValueError(f"{linear_name}: its weight is read by something else too, and would be wrong there")
             linears[linear_name] = name
     for name, module in model.named_modules():
-        if name.split(".")[-1] in others and name not in linears and isinstance(module, nn.Linear):
-            _check_linear(name, module, module.in_features, meta=True)
+        if name.split(".")[-1] in others and name not in linears:
+            _check_linear(name, module, getattr(module, "in_features", 0), meta=True)
             linears[name] = None
     if dtype == torch.float8_e4m3fn:
         for name in linears:

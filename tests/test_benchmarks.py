@@ -116,6 +116,13 @@ def test_plot(cpu_result, tmp_path):
     assert (tmp_path / "cpu.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_plot_quantized(tmp_path):
+    """Of the result that the page's figure is of."""
+    pytest.importorskip("matplotlib")
+    run("plot_quantized.py", "--out", tmp_path / "outliers.png")
+    assert (tmp_path / "outliers.png").read_bytes().startswith(b"\x89PNG")
+
+
 def test_minimal_bytes(common):
     rows, d = 3, 5
     gain, statistics = 2 * d, 4 * rows

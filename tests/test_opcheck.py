@@ -1,5 +1,5 @@
 """torch.library.opcheck of all six ops: schema, autograd registration, fake tensors, AOT with dynamic shapes.
-USERS row 22."""
+USERS row 22. The four quantised ones: test_quantized.py."""
 
 from dataclasses import replace
 from typing import List, Tuple
