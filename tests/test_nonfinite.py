@@ -51,6 +51,26 @@ def test_every_nan_of_the_stream(form: str, bits: int, device: str) -> None:
         assert out.y[0].isfinite().all()
 
 
+@pytest.mark.parametrize("bits", (0x7FFFFFFF, -1, 0x7F800001), ids=hex)
+@pytest.mark.parametrize("form", FORMS)
+def test_every_nan_of_a_parameter(form: str, bits: int, device: str) -> None:
+    """A NaN in a float32 gain or lam of bfloat16 rows is one in y and grad_x, whatever its bits, and stays in its column
+    if it is the gain's; at d = 77, whose last elements fill no vector."""
+    good = make_call(form, (3, 77), torch.bfloat16, device)
+    upstream = make_upstream(good)
+    for column in (4, 5, 76):
+        weight = good.weight.float().clone()
+        weight.view(torch.int32)[column] = bits
+        out, grads = run_with_gradients(replace(good, weight=weight), *upstream, names=("x",))
+        others = torch.arange(77) != column
+        assert out.y[:, column].isnan().all() and out.y[:, others].isfinite().all()
+        assert grads["x"][:, column].isnan().all()
+    lam = good.lam.float().clone()
+    lam.view(torch.int32).fill_(bits)
+    out, grads = run_with_gradients(replace(good, lam=lam), *upstream, names=("x",))
+    assert out.y.isnan().all() and grads["x"].isnan().all()
+
+
 @pytest.mark.parametrize("value", (NAN, INF))
 @pytest.mark.parametrize("form", ("forward_approx", "add_forward_approx"))
 def test_a_bad_variance_stays_in_its_row(form: str, value: float, device: str) -> None:

@@ -5,6 +5,7 @@
 #include <torch/library.h>
 
 #include <memory>
+#include <new>
 
 #include "binding.h"
 #include "cpu/kernels.h"
@@ -22,13 +23,14 @@ constexpr int64_t kElementsPerThread = 16384;
 
 int64_t rows_per_task(int64_t d) { return std::max<int64_t>(1, kElementsPerThread / std::max<int64_t>(1, d)); }
 
-// The gain as rows take it: itself when it has the accumulate dtype, else widened once for all rows, for eight bits over
-// their scale; ones when none is given, by which rows multiply exactly.
+// The gain as rows take it: itself when it has the accumulate dtype and rows take that in plain order, else a copy made
+// once for all rows, for eight bits over their scale; ones when none is given, by which rows multiply exactly.
 class WideWeight {
  public:
   explicit WideWeight(const SiteParams& p, const Quantization* quantization = nullptr) : data_(p.weight.data) {
     const DType wanted = accumulate_dtype(p.stream);
-    if (data_ != nullptr && p.weight.dtype == wanted && !quantization) return;
+    const bool in_order = p.stream != DType::bf16 || kernels().bfloat_block == 1;
+    if (data_ != nullptr && p.weight.dtype == wanted && in_order && !quantization) return;
     copy_.reset(new char[p.d * size_of(wanted)]);
     kernels().widen(p.weight, p.stream, quantization, p.d, copy_.get());
     data_ = copy_.get();
@@ -40,6 +42,18 @@ class WideWeight {
   std::unique_ptr<char[]> copy_;
 };
 
+class Aligned {
+ public:
+  explicit Aligned(int64_t bytes) : data_(::operator new(bytes, kLine)) {}
+  ~Aligned() { ::operator delete(data_, kLine); }
+  Aligned(const Aligned&) = delete;
+  void* get() const { return data_; }
+
+ private:
+  static constexpr std::align_val_t kLine{64};
+  void* data_;
+};
+
 void run_forward(const ForwardParams& p, const Tensor&) {
   const WideWeight weight(p, p.quantization ? &*p.quantization : nullptr);
   at::parallel_for(0, p.rows, rows_per_task(p.d),
@@ -49,7 +63,8 @@ void run_forward(const ForwardParams& p, const Tensor&) {
 void run_backward(const BackwardParams& p, const Tensor&) {
   const WideWeight weight(p);
   const auto chunks = cpu::chunks_of(p.rows);
-  const std::unique_ptr<char[]> weight_partials(new char[chunks.count * p.d * size_of(accumulate_dtype(p.stream))]);
+  // Aligned, so that the chunks of two threads share no line of memory where d is a multiple of one.
+  const Aligned weight_partials(chunks.count * p.d * size_of(accumulate_dtype(p.stream)));
   const std::unique_ptr<double[]> lam_partials(new double[chunks.count]);
   const cpu::Partials partials{weight_partials.get(), lam_partials.get()};
 
@@ -58,9 +73,11 @@ void run_backward(const BackwardParams& p, const Tensor&) {
     kernels().backward(p, weight.data(), partials, begin, end);
   });
   if (p.grad_weight) {
-    const int64_t columns_per_task = std::max<int64_t>(256, kElementsPerThread / std::max<int64_t>(1, chunks.count));
-    at::parallel_for(0, p.d, columns_per_task,
-                     [&](int64_t begin, int64_t end) { kernels().sum_weight(p, partials, begin, end); });
+    constexpr int64_t width = cpu::kColumnBlock;
+    const int64_t per_task = std::max<int64_t>(1, kElementsPerThread / width / std::max<int64_t>(1, chunks.count));
+    at::parallel_for(0, (p.d + width - 1) / width, per_task, [&](int64_t begin, int64_t end) {
+      kernels().sum_weight(p, partials, begin * width, std::min(end * width, p.d));
+    });
   }
   if (p.grad_lam) kernels().sum_lam(p, partials);
 }

@@ -1,6 +1,7 @@
 // Picks the table of an instruction set.
 #include "kernels.h"
 
+#include <cstdlib>
 #include <cstring>
 #include <vector>
 
@@ -17,14 +18,22 @@ std::vector<const Kernels*> runnable_kernels() {
     return tables;
   tables.push_back(&avx512::kernels);
   if (__builtin_cpu_supports("avx512bf16")) tables.push_back(&avx512_bf16::kernels);
+#elif defined(__aarch64__)
+  tables.push_back(&neon::kernels);
 #endif
   return tables;
 }
 
-const Kernels& kernels_for(const char* capability) {
+const Kernels& kernels_for([[maybe_unused]] const char* capability) {
+#if defined(__aarch64__)
+  const char* asked = std::getenv("ATEN_CPU_CAPABILITY");
+  const bool plain = asked != nullptr && std::strcmp(asked, "default") == 0;
+  const char* tier = plain ? "default" : "neon";
+#else
   const char* tier = std::strncmp(capability, "AVX512", 6) == 0 ? "avx512"
                      : std::strncmp(capability, "AVX2", 4) == 0 ? "avx2"
                                                                 : "default";
+#endif
   const Kernels* best = &baseline::kernels;
   for (const Kernels* table : runnable_kernels())
     if (std::strncmp(table->name, tier, std::strlen(tier)) == 0) best = table;

@@ -15,10 +15,10 @@ struct Chunks {
   int64_t count;
 };
 
-// At most 256 chunks bound the partials at 1 KB x d; at least 8 rows keep a partial row's own traffic, one write and
-// one read, under a tenth of the rows'.
+// At most 384 chunks bound the partials at 1.5 KB x d, and share out among 48, 64, 96, 128 or 192 threads; at least 8
+// rows keep a partial row's own traffic, one write and one read, under a tenth of the rows'.
 constexpr Chunks chunks_of(int64_t rows) {
-  const int64_t per_chunk = rows <= 8 * 256 ? 8 : (rows + 255) / 256;
+  const int64_t per_chunk = rows <= 8 * 384 ? 8 : (rows + 383) / 384;
   return {per_chunk, (rows + per_chunk - 1) / per_chunk};
 }
 
@@ -28,17 +28,23 @@ struct Partials {
   double* lam;
 };
 
+// Of the columns of grad_weight: a multiple of every table's bfloat_block, and lines of memory to themselves.
+constexpr int64_t kColumnBlock = 64;
+
 struct Kernels {
   const char* name;
+  // Rows of bf16 take the gain, and keep the partial sums, in blocks of so many elements: first those of even index,
+  // then those of odd; a last block that is not whole, and blocks of 1, are in plain order.
+  int64_t bfloat_block;
   // weight [d] as `widen` makes it. Rows [begin, end).
   void (*forward)(const ForwardParams&, const void* weight, int64_t begin, int64_t end);
   // Chunks [begin, end).
   void (*backward)(const BackwardParams&, const void* weight, const Partials&, int64_t begin, int64_t end);
-  // Columns [begin, end) of grad_weight from the partials, in chunk order.
+  // Columns [begin, end) of grad_weight from the partials, in chunk order; begin is a multiple of kColumnBlock.
   void (*sum_weight)(const BackwardParams&, const Partials&, int64_t begin, int64_t end);
   void (*sum_lam)(const BackwardParams&, const Partials&);
-  // A gain of any dtype, ones if it has no data, in the accumulate dtype of `stream`; for eight bits over their scale
-  // and without infinities, for integers without NaN.
+  // A gain of any dtype, ones if it has no data, in the accumulate dtype and the order of rows of `stream`; for eight
+  // bits over their scale and without infinities, for integers without NaN.
   void (*widen)(const Values& from, DType stream, const Quantization*, int64_t n, void* to);
 };
 
@@ -55,11 +61,15 @@ extern const Kernels kernels;
 namespace avx512_bf16 {
 extern const Kernels kernels;
 }
+namespace neon {
+extern const Kernels kernels;
+}
 
 // Tables this CPU can run, plainest first.
 std::vector<const Kernels*> runnable_kernels();
 
-// The best of them within a capability as at::get_cpu_capability() names it ("AVX512", "AVX2", anything else).
+// The best of them within a capability as at::get_cpu_capability() names it ("AVX512", "AVX2", anything else). On
+// AArch64 that says "DEFAULT" of NEON too, so there the variable ATEN_CPU_CAPABILITY decides: NEON unless "default".
 const Kernels& kernels_for(const char* capability);
 
 }  // namespace bhyt::cpu

@@ -19,7 +19,7 @@ namespace {
 #include "table-inl.h"
 }  // namespace
 
-constinit const Kernels kernels = {"avx512", forward, backward, sum_weight, sum_lam, widen_values};
+constinit const Kernels kernels = {"avx512", kBfloatBlock, forward, backward, sum_weight, sum_lam, widen_values};
 }  // namespace bhyt::cpu::avx512
 
 #if defined(__clang__)

@@ -42,7 +42,7 @@ void widen_values(const Values& from, DType stream, const Quantization* quantiza
 }
 }  // namespace
 
-constinit const Kernels kernels = {"avx512_bf16", forward, backward, sum_weight, sum_lam, widen_values};
+constinit const Kernels kernels = {"avx512_bf16", 1, forward, backward, sum_weight, sum_lam, widen_values};
 }  // namespace bhyt::cpu::avx512_bf16
 
 #if defined(__clang__)

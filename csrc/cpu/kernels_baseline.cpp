@@ -9,5 +9,5 @@ namespace {
 #include "table-inl.h"
 }  // namespace
 
-constinit const Kernels kernels = {"default", forward, backward, sum_weight, sum_lam, widen_values};
+constinit const Kernels kernels = {"default", kBfloatBlock, forward, backward, sum_weight, sum_lam, widen_values};
 }  // namespace bhyt::cpu::baseline

@@ -18,6 +18,13 @@ struct Whole {
   void store(T* p, int k, typename V::F x) const {
     V::store(p + k * V::N, x);
   }
+  template <typename V, typename T>
+  void store_untied(T* p, int k, typename V::F x) const {
+    if constexpr (requires { V::store_untied(p, x); })
+      V::store_untied(p + k * V::N, x);
+    else
+      V::store(p + k * V::N, x);
+  }
 };
 
 struct Part {
@@ -31,21 +38,25 @@ struct Part {
   void store(T* p, int, typename V::F x) const {
     V::store_part(p, n, x);
   }
+  template <typename V, typename T>
+  void store_untied(T* p, int, typename V::F x) const {
+    V::store_part(p, n, x);
+  }
 };
 
 // body(i, span) over the elements [begin, end), in an order that depends on them alone.
-template <typename V, typename Body>
+template <typename V, int K = V::at_once, typename Body>
 inline void sweep(int64_t begin, int64_t end, Body body) {
   int64_t i = begin;
-  for (; i + 4 * V::N <= end; i += 4 * V::N) body(i, Whole<4>{});
+  for (; i + K * V::N <= end; i += K * V::N) body(i, Whole<K>{});
   for (; i + V::N <= end; i += V::N) body(i, Whole<1>{});
   if (i < end) body(i, Part{static_cast<int>(end - i)});
 }
 
 // The sum of products over a row: registers over 1024 elements (16 additions deep with 16 lanes), double beyond.
-template <typename V>
+template <typename V, int K = V::at_once>
 struct RowSum {
-  typename V::F lanes[4];
+  typename V::F lanes[K];
   double total = 0;
 
   void add(int k, typename V::F a, typename V::F b) { lanes[k] = V::fma(a, b, lanes[k]); }
@@ -54,8 +65,10 @@ struct RowSum {
   void over(int64_t d, Body body) {
     for (int64_t begin = 0; begin < d; begin += 1024) {
       for (auto& lane : lanes) lane = V::set1(0);
-      sweep<V>(begin, begin + 1024 < d ? begin + 1024 : d, body);
-      total += V::sum(V::add(V::add(lanes[0], lanes[1]), V::add(lanes[2], lanes[3])));
+      sweep<V, K>(begin, begin + 1024 < d ? begin + 1024 : d, body);
+      for (int n = K / 2; n > 0; n /= 2)
+        for (int k = 0; k < n; ++k) lanes[k] = V::add(lanes[2 * k], lanes[2 * k + 1]);
+      total += V::sum(lanes[0]);
     }
   }
 };
@@ -134,13 +147,14 @@ struct Output<V, integer8> {
   }
 };
 
-// X: branch, R: stream, Y: of y, A: accumulate type in memory (weight, variances). tanh is as accurate as the stream
+// X: branch, R: stream, Y: of y, A: accumulate type in memory (the weight as Own). tanh is as accurate as the stream
 // asks, so that a narrow branch on a wide stream gets what the two steps would give it: y of the sum, rounded; or as
 // eight bits ask, whatever the stream.
 template <typename V, typename X, typename R, typename Y, typename A, bool adds, bool prefetches>
 struct ForwardRow {
   using T = std::conditional_t<sizeof(Y) == 1 && sizeof(R) < sizeof(double), Y, R>;
   using F = typename V::F;
+  using Weight = Own<V, A>;
   const X* x;
   const R* residual;
   R* sum;
@@ -195,7 +209,7 @@ struct ForwardRow {
 
   // load(j, span, k): as stream or stored. later: the row to ask memory for meanwhile.
   template <typename Load>
-  void apply(int64_t d, double a, const A* weight, const Output<V, Y>& output, const ForwardRow& later,
+  void apply(int64_t d, double a, const Weight* weight, const Output<V, Y>& output, const ForwardRow& later,
              Load load) const {
     const F scale = V::set1(a);
     sweep<V>(0, d, [&](int64_t j, auto span) {
@@ -208,7 +222,7 @@ struct ForwardRow {
       if constexpr (std::is_same_v<Y, integer8>)
         for (int k = 0; any_large && k < span.count; ++k) t[k] = V::zero_if_nan(t[k]);
       for (int k = 0; k < span.count; ++k)
-        span.template store<V>(y + j, k, output(t[k], span.template load<V>(weight + j, k)));
+        span.template store_untied<V>(y + j, k, output(t[k], span.template load<V>(weight + j, k)));
     });
   }
 };
@@ -219,7 +233,7 @@ constexpr int64_t kRowsAtOnce = 8, kElementsAtOnce = 4096;
 template <typename A, typename Row, typename Output>
 void forward_rows_as(const ForwardParams& p, const Output& output, const void* weight_data, int64_t begin,
                      int64_t end) {
-  const A* weight = static_cast<const A*>(weight_data);
+  const auto* weight = static_cast<const typename Row::Weight*>(weight_data);
   const double lam = read(p.lam), offset = p.offset.data ? read(p.offset) : 0;
   const int64_t fitting = kElementsAtOnce / (p.d > 0 ? p.d : 1);
   const int64_t at_once = !p.exact || fitting < 1 ? 1 : fitting < kRowsAtOnce ? fitting : kRowsAtOnce;
@@ -263,6 +277,7 @@ void forward_rows(const ForwardParams& p, const void* weight, int64_t begin, int
 template <typename V, typename X, typename R, typename A, bool adds, bool prefetches>
 struct BackwardRow {
   using F = typename V::F;
+  using Sums = Own<V, A>;
   const X* grad_y;
   const R* grad_sum;
   const R* x;
@@ -287,9 +302,9 @@ struct BackwardRow {
 
   // Hands g to take(j, span, k, g), adds to grad_weight, returns S.
   template <typename Take>
-  double gains(int64_t d, double a, const A* weight, A* grad_weight, Take take) const {
+  double gains(int64_t d, double a, const Sums* weight, Sums* grad_weight, Take take) const {
     const F scale = V::set1(a);
-    RowSum<V> S;
+    RowSum<V, V::at_once_backward> S;
     S.over(d, [&](int64_t j, auto span) {
       F xs[span.count], z[span.count], t[span.count], slope[span.count];
       for (int k = 0; k < span.count; ++k) {
@@ -312,10 +327,10 @@ struct BackwardRow {
   template <typename Span>
   void store(int64_t j, Span span, int k, F dx) const {
     if constexpr (adds) dx = V::add(dx, span.template load<V>(grad_sum + j, k));
-    span.template store<V>(grad_x + j, k, dx);
+    span.template store_untied<V>(grad_x + j, k, dx);
   }
 
-  double approximate(int64_t d, double a, const A* weight, A* grad_weight, const BackwardRow& next) const {
+  double approximate(int64_t d, double a, const Sums* weight, Sums* grad_weight, const BackwardRow& next) const {
     const F scale = V::set1(a);
     return gains(d, a, weight, grad_weight, [&](int64_t j, auto span, int k, F g) {
       next.fetch(j, k);
@@ -325,14 +340,14 @@ struct BackwardRow {
   }
 
   // An exact site keeps g for its second pass, as S enters every grad_x. Here the lines to be written are the row's own.
-  double exact_first(int64_t d, double a, const A* weight, A* grad_weight, A* g_row) const {
+  double exact_first(int64_t d, double a, const Sums* weight, Sums* grad_weight, Sums* g_row) const {
     return gains(d, a, weight, grad_weight, [&](int64_t j, auto span, int k, F g) {
       fetch_to_write(j, k);
       span.template store<V>(g_row + j, k, g);
     });
   }
 
-  void exact_second(int64_t d, double a, double along_x, const A* g_row, const BackwardRow& next) const {
+  void exact_second(int64_t d, double a, double along_x, const Sums* g_row, const BackwardRow& next) const {
     const F scale = V::set1(a), slope = V::set1(along_x);
     sweep<V>(0, d, [&](int64_t j, auto span) {
       for (int k = 0; k < span.count; ++k) {
@@ -347,11 +362,12 @@ struct BackwardRow {
 template <typename R, typename A, typename Row>
 void backward_chunks_as(const BackwardParams& p, const void* weight_data, const Partials& partials, int64_t begin,
                         int64_t end) {
-  const A* weight = static_cast<const A*>(weight_data);
+  using Sums = typename Row::Sums;
+  const auto* weight = static_cast<const Sums*>(weight_data);
   const double lam = read(p.lam), offset = p.offset.data ? read(p.offset) : 0;
   const double d = static_cast<double>(p.d);
   const auto chunks = chunks_of(p.rows);
-  const std::unique_ptr<A[]> g_row(p.exact ? new A[p.d] : nullptr);
+  const std::unique_ptr<Sums[]> g_row(p.exact ? new Sums[p.d] : nullptr);
   const std::unique_ptr<R[]> unwanted(p.grad_x ? nullptr : new R[p.d]);
   const auto row_at = [&](int64_t i) {
     Row row(p, i);
@@ -360,8 +376,8 @@ void backward_chunks_as(const BackwardParams& p, const void* weight_data, const 
   };
 
   for (int64_t chunk = begin; chunk < end; ++chunk) {
-    A* grad_weight = row_of<A>(partials.weight, chunk, p.d);
-    std::memset(grad_weight, 0, p.d * sizeof(A));
+    Sums* grad_weight = row_of<Sums>(partials.weight, chunk, p.d);
+    std::memset(grad_weight, 0, p.d * sizeof(Sums));
     double grad_lam = 0;
     const int64_t first = chunk * chunks.rows_per_chunk;
     const int64_t last = first + chunks.rows_per_chunk < p.rows ? first + chunks.rows_per_chunk : p.rows;
@@ -399,7 +415,7 @@ void backward_chunks(const BackwardParams& p, const void* weight, const Partials
 template <typename V, typename A, typename W>
 void sum_columns(const BackwardParams& p, const Partials& partials, int64_t begin, int64_t end) {
   const auto count = chunks_of(p.rows).count;
-  const A* rows = static_cast<const A*>(partials.weight);
+  const auto* rows = static_cast<const Own<V, A>*>(partials.weight);
   W* out = static_cast<W*>(p.grad_weight);
   sweep<V>(begin, end, [&](int64_t j, auto span) {
     for (int k = 0; k < span.count; ++k) {

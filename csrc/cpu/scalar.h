@@ -13,8 +13,18 @@ namespace bhyt::cpu {
 struct bf16 {
   uint16_t bits;
 };
+#if defined(__aarch64__)
+using Half = __fp16;  // GCC has _Float16 there from 13 on
+#else
+using Half = _Float16;
+#endif
 struct f16 {
-  _Float16 value;
+  Half value;
+};
+
+// A float32 of an array that is in the order of some lanes (vec_pair-inl.h).
+struct laned {
+  float value;
 };
 
 // Of quantised outputs, which nothing reads: the lowest bits of the sum of an integer and a large number, and
@@ -49,7 +59,7 @@ inline double widen(bf16 x) { return bit_cast<float>(static_cast<uint32_t>(x.bit
 // Through float for the 16-bit types, as the arithmetic they belong to is float.
 inline void narrow(double x, double* to) { *to = x; }
 inline void narrow(double x, float* to) { *to = static_cast<float>(x); }
-inline void narrow(double x, f16* to) { to->value = static_cast<_Float16>(static_cast<float>(x)); }
+inline void narrow(double x, f16* to) { to->value = static_cast<Half>(static_cast<float>(x)); }
 inline void narrow(double x, bf16* to) { to->bits = round_to_bf16(static_cast<float>(x)); }
 inline void narrow(double x, integer8* to) { to->bits = static_cast<uint8_t>(bit_cast<uint64_t>(x)); }
 

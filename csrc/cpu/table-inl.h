@@ -1,12 +1,19 @@
 // The functions of one table: here the dtypes of a call become template arguments. Included after rows-inl.h.
 
+template <typename X>
+using LanesOf = std::conditional_t<std::is_same_v<X, bf16>, Bfloat, Float>;
+
+constexpr bool kBfloatInOrder = std::is_same_v<Own<Bfloat, float>, float>;
+constexpr int64_t kBfloatBlock = kBfloatInOrder ? 1 : Bfloat::N;
+static_assert(kColumnBlock % kBfloatBlock == 0);
+
 // A float64 stream is worked in double lanes.
 void forward(const ForwardParams& p, const void* weight, int64_t begin, int64_t end) {
   with_type(p.branch, [&](auto* branch) {
     using X = std::remove_const_t<std::remove_pointer_t<decltype(branch)>>;
     if (p.stream == DType::f64) return forward_rows<Wide, X, double, double>(p, weight, begin, end);
     if constexpr (!std::is_same_v<X, double>) {
-      if (p.stream == p.branch) return forward_rows<Float, X, X, float>(p, weight, begin, end);
+      if (p.stream == p.branch) return forward_rows<LanesOf<X>, X, X, float>(p, weight, begin, end);
       return forward_rows<Float, X, float, float>(p, weight, begin, end);
     }
   });
@@ -17,7 +24,7 @@ void backward(const BackwardParams& p, const void* weight, const Partials& parti
     using X = std::remove_const_t<std::remove_pointer_t<decltype(branch)>>;
     if (p.stream == DType::f64) return backward_chunks<Wide, X, double, double>(p, weight, partials, begin, end);
     if constexpr (!std::is_same_v<X, double>) {
-      if (p.stream == p.branch) return backward_chunks<Float, X, X, float>(p, weight, partials, begin, end);
+      if (p.stream == p.branch) return backward_chunks<LanesOf<X>, X, X, float>(p, weight, partials, begin, end);
       return backward_chunks<Float, X, float, float>(p, weight, partials, begin, end);
     }
   });
@@ -27,6 +34,8 @@ void sum_weight(const BackwardParams& p, const Partials& partials, int64_t begin
   with_type(p.weight.dtype, [&](auto* type) {
     using W = std::remove_const_t<std::remove_pointer_t<decltype(type)>>;
     if (p.stream == DType::f64) return sum_columns<Wide, double, W>(p, partials, begin, end);
+    if constexpr (!kBfloatInOrder)
+      if (p.stream == DType::bf16) return sum_columns<Bfloat, float, W>(p, partials, begin, end);
     using V = std::conditional_t<std::is_same_v<W, double>, Wide, Float>;
     sum_columns<V, float, W>(p, partials, begin, end);
   });
@@ -66,5 +75,12 @@ void widen_as(const Values& from, const Quantization* quantization, int64_t n, A
 
 void widen_values(const Values& from, DType stream, const Quantization* quantization, int64_t n, void* to) {
   if (stream == DType::f64) return widen_as<Wide>(from, quantization, n, static_cast<double*>(to));
-  widen_as<Float>(from, quantization, n, static_cast<float*>(to));
+  float* gain = static_cast<float*>(to);
+  widen_as<Float>(from, quantization, n, gain);
+  if constexpr (!kBfloatInOrder)
+    if (stream == DType::bf16) {
+      for (int64_t j = 0; j < n; ++j) gain[j] = gain[j] == gain[j] ? gain[j] : std::numeric_limits<float>::quiet_NaN();
+      for (int64_t j = 0; j + Bfloat::N <= n; j += Bfloat::N)
+        Bfloat::store(static_cast<laned*>(to) + j, Bfloat::load(gain + j));
+    }
 }

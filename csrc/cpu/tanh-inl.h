@@ -110,6 +110,17 @@ inline typename V::F exp_of_minus_twice(typename V::F a) {
   return V::scale(horner<V>(c, r), n);
 }
 
+template <typename V, int K>
+inline bool any_from_1(const typename V::F (&squares)[K]) {
+  if constexpr (requires { V::any_from_1(squares); }) {
+    return V::any_from_1(squares);
+  } else {
+    auto found = V::not_below(squares[0], V::set1(1));
+    for (int k = 1; k < K; ++k) found = V::either(found, V::not_below(squares[k], V::set1(1)));
+    return V::any(found);
+  }
+}
+
 // t[k] = tanh(z[k]). False if all of them are small; a NaN is not.
 template <typename V, typename T, int K>
 inline bool tanh_group(const typename V::F (&z)[K], typename V::F (&t)[K]) {
@@ -117,23 +128,64 @@ inline bool tanh_group(const typename V::F (&z)[K], typename V::F (&t)[K]) {
     for (int k = 0; k < K; ++k) t[k] = V::each(z[k], std::tanh);
     return true;
   } else {
-    const auto one = V::set1(1);
     typename V::F squared[K];
-    auto any_large = V::not_below(squared[0] = V::mul(z[0], z[0]), one);
-    for (int k = 1; k < K; ++k) any_large = V::either(any_large, V::not_below(squared[k] = V::mul(z[k], z[k]), one));
-    for (int k = 0; k < K; ++k) t[k] = tanh_below_1<V, T>(z[k], squared[k]);
-    const bool found = V::any(any_large);
-    if (found)
-      for (int k = 0; k < K; ++k) t[k] = V::select(V::not_below(squared[k], one), tanh_from_1<V, T>(z[k]), t[k]);
-    return found;
+    for (int k = 0; k < K; ++k) squared[k] = V::mul(z[k], z[k]);
+    const bool any_large = any_from_1<V>(squared);
+    const auto below_1 = [&](int k) { return tanh_below_1<V, T>(z[k], squared[k]); };
+    const auto from_1 = [&](int k, auto below) {
+      return V::select(V::not_below(squared[k], V::set1(1)), tanh_from_1<V, T>(z[k]), below);
+    };
+    if constexpr (!V::few_registers) {
+      for (int k = 0; k < K; ++k) t[k] = below_1(k);
+      if (any_large)
+        for (int k = 0; k < K; ++k) t[k] = from_1(k, t[k]);
+    } else if (any_large) [[unlikely]] {
+      for (int k = 0; k < K; ++k) t[k] = from_1(k, below_1(k));
+    } else {
+      for (int k = 0; k < K; ++k) t[k] = below_1(k);
+    }
+    return any_large;
   }
+}
+
+template <typename V, typename T, int K>
+inline void tanh_and_slope_below_1(const typename V::F (&z)[K], const typename V::F (&squared)[K],
+                                   typename V::F (&t)[K], typename V::F (&slope)[K]) {
+  for (int k = 0; k < K; ++k) {
+    t[k] = tanh_below_1<V, Summed<T>>(z[k], squared[k]);
+    slope[k] = V::fnma(t[k], t[k], V::set1(1));
+  }
+}
+
+// After that: what is right where |z| is from 1 on.
+template <typename V, int K>
+inline void tanh_and_slope_from_1(const typename V::F (&z)[K], const typename V::F (&squared)[K], typename V::F (&t)[K],
+                                  typename V::F (&slope)[K]) {
+  const auto one = V::set1(1), two = V::set1(2);
+  for (int k = 0; k < K; ++k) {
+    const auto large = V::not_below(squared[k], one);
+    const auto e = exp_of_minus_twice<V>(V::abs(z[k]));
+    const auto s = V::mul(V::mul(two, e), V::reciprocal(V::add(one, e)));
+    t[k] = V::select(large, V::copy_sign(V::sub(one, s), z[k]), t[k]);
+    slope[k] = V::select(large, V::mul(s, V::sub(two, s)), slope[k]);
+  }
+}
+
+// Both. A call, so that with few registers the loop around it keeps its own.
+template <typename V, typename T, int K>
+[[gnu::noinline]] void tanh_and_slope_of_any(const typename V::F (&z)[K], typename V::F (&t)[K],
+                                             typename V::F (&slope)[K]) {
+  typename V::F squared[K];
+  for (int k = 0; k < K; ++k) squared[k] = V::mul(z[k], z[k]);
+  tanh_and_slope_below_1<V, T>(z, squared, t, slope);
+  tanh_and_slope_from_1<V>(z, squared, t, slope);
 }
 
 // t[k] = tanh(z[k]), slope[k] = 1 - t[k]^2.
 template <typename V, typename T, int K>
 inline void tanh_and_slope_group(const typename V::F (&z)[K], typename V::F (&t)[K], typename V::F (&slope)[K]) {
-  const auto one = V::set1(1), two = V::set1(2);
   if constexpr (sizeof(T) == sizeof(double)) {
+    const auto one = V::set1(1);
     for (int k = 0; k < K; ++k) {
       t[k] = V::each(z[k], std::tanh);
       const auto e = V::each(V::mul(V::abs(z[k]), V::set1(-2)), std::exp);
@@ -142,19 +194,18 @@ inline void tanh_and_slope_group(const typename V::F (&z)[K], typename V::F (&t)
     }
   } else {
     typename V::F squared[K];
-    auto any_large = V::not_below(squared[0] = V::mul(z[0], z[0]), one);
-    for (int k = 1; k < K; ++k) any_large = V::either(any_large, V::not_below(squared[k] = V::mul(z[k], z[k]), one));
-    for (int k = 0; k < K; ++k) {
-      t[k] = tanh_below_1<V, Summed<T>>(z[k], squared[k]);
-      slope[k] = V::fnma(t[k], t[k], one);
+    for (int k = 0; k < K; ++k) squared[k] = V::mul(z[k], z[k]);
+    const bool any_large = any_from_1<V>(squared);
+    if constexpr (!V::few_registers) {
+      tanh_and_slope_below_1<V, T>(z, squared, t, slope);
+      if (any_large) tanh_and_slope_from_1<V>(z, squared, t, slope);
+    } else if (any_large) [[unlikely]] {
+      typename V::F in[K], out_t[K], out_slope[K];  // copies: only these have addresses
+      for (int k = 0; k < K; ++k) in[k] = z[k];
+      tanh_and_slope_of_any<V, T>(in, out_t, out_slope);
+      for (int k = 0; k < K; ++k) t[k] = out_t[k], slope[k] = out_slope[k];
+    } else {
+      tanh_and_slope_below_1<V, T>(z, squared, t, slope);
     }
-    if (V::any(any_large))
-      for (int k = 0; k < K; ++k) {
-        const auto large = V::not_below(squared[k], one);
-        const auto e = exp_of_minus_twice<V>(V::abs(z[k]));
-        const auto s = V::mul(V::mul(two, e), V::reciprocal(V::add(one, e)));
-        t[k] = V::select(large, V::copy_sign(V::sub(one, s), z[k]), t[k]);
-        slope[k] = V::select(large, V::mul(s, V::sub(two, s)), slope[k]);
-      }
   }
 }

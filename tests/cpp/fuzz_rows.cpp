@@ -56,20 +56,30 @@ bool near(double given, double exact, double error, DType t) {
   return std::fabs(given - exact) <= error + 0.5001 * ulp(std::fabs(exact) + error, t);
 }
 
-// The gain as rows take it.
-Buffer wide_weight(const cpu::Kernels& table, const SiteParams& p, const Quantization* quantization = nullptr) {
+// Element j of a gain as bf16 rows of n elements take it.
+int64_t place(const cpu::Kernels& table, DType stream, int64_t j, int64_t n) {
+  const int64_t block = table.bfloat_block, first = j - j % block, k = j - first;
+  return stream != DType::bf16 || block == 1 || first + block > n ? j : first + k % 2 * (block / 2) + k / 2;
+}
+
+struct Gain {
+  Buffer as_rows_take_it, in_order;
+};
+
+Gain wide_weight(const cpu::Kernels& table, const SiteParams& p, const Quantization* quantization = nullptr) {
   const DType A = accumulate_dtype(p.stream);
-  Buffer wide(A, p.d), expected(A, p.d);
+  Buffer wide(A, p.d), in_order(A, p.d), expected(A, p.d);
   table.widen(p.weight, p.stream, quantization, p.d, wide.data());
+  for (int64_t j = 0; j < p.d; ++j) in_order.set(j, wide.get(place(table, p.stream, j, p.d)));
   for (int64_t j = 0; j < p.d; ++j) expected.set(j, p.weight.data ? cpu::read(p.weight, j) : 1);
   if (quantization)
     for (int64_t j = 0; j < p.d; ++j) {
       const double over_scale = expected.get(j) * quantization->inverse_scale;
-      check(near(wide.get(j), over_scale, 2 * rounding(A) * std::fabs(over_scale), A), "gain over the scale", table.name);
+      check(near(in_order.get(j), over_scale, 2 * rounding(A) * std::fabs(over_scale), A), "gain over the scale", table.name);
     }
   else
-    check(wide.bytes() == expected.bytes(), "widened gain", table.name);
-  return wide;
+    check(in_order.bytes() == expected.bytes(), "widened gain", table.name);
+  return {std::move(wide), std::move(in_order)};
 }
 
 // f(begin, end) over [0, n), in one thread or in two.
@@ -178,18 +188,18 @@ void forward(Bytes& in) {
   }
   const Quantization* quantization = p.quantization ? &*p.quantization : nullptr;
   for (const cpu::Kernels* table : cpu::runnable_kernels()) {
-    const Buffer weight = wide_weight(*table, p, quantization);
+    const Gain weight = wide_weight(*table, p, quantization);
     ForwardOutputs out[2];
     for (int i = 0; i < 2; ++i) {
       p.y = (out[i].y = Buffer(quantization ? quantization->dtype : p.branch, p.rows * p.d)).data();
       if (kind > 0) p.sum = (out[i].sum = Buffer(p.stream, p.rows * p.d)).data();
       if (p.exact) p.variance_out = (out[i].variance = Buffer(site.accumulate, p.rows)).data();
-      run(i == 1, p.rows, at, [&](int64_t begin, int64_t end) { table->forward(p, weight.data(), begin, end); });
+      run(i == 1, p.rows, at, [&](int64_t begin, int64_t end) { table->forward(p, weight.as_rows_take_it.data(), begin, end); });
     }
     check(out[0].y.bytes() == out[1].y.bytes(), "y has other bits in parts", table->name);
     check(out[0].sum.bytes() == out[1].sum.bytes(), "sum has other bits in parts", table->name);
     check(out[0].variance.bytes() == out[1].variance.bytes(), "variance has other bits in parts", table->name);
-    check_forward(p, x, residual, variance, weight, out[0], table->name);
+    check_forward(p, x, residual, variance, weight.in_order, out[0], table->name);
     check(x.unchanged() && residual.unchanged(), "an input was written", table->name);
   }
 }
@@ -273,9 +283,9 @@ void backward(Bytes& in) {
   p.variance = variance.data(), p.grad_variance = grad_variance.data();
   const bool wants_x = in.below(8), wants_variance = in.below(2), wants_weight = in.below(2), wants_lam = in.below(2);
   const auto count = cpu::chunks_of(p.rows).count;
-  const int64_t at = in.below(count + 1), column = in.below(p.d + 1);
+  const int64_t at = in.below(count + 1), column = in.below(p.d / cpu::kColumnBlock + 1) * cpu::kColumnBlock;
   for (const cpu::Kernels* table : cpu::runnable_kernels()) {
-    const Buffer weight = wide_weight(*table, p);
+    const Gain weight = wide_weight(*table, p);
     BackwardOutputs out[2];
     for (int i = 0; i < 2; ++i) {
       const Buffer weight_partials(site.accumulate, count * p.d), lam_partials(DType::f64, count);
@@ -285,7 +295,7 @@ void backward(Bytes& in) {
       if (wants_weight && p.weight.data) p.grad_weight = (out[i].weight = Buffer(p.weight.dtype, p.d)).data();
       if (wants_lam) p.grad_lam = (out[i].lam = Buffer(p.lam.dtype, 1)).data();
       run(i == 1, count, at,
-          [&](int64_t begin, int64_t end) { table->backward(p, weight.data(), partials, begin, end); });
+          [&](int64_t begin, int64_t end) { table->backward(p, weight.as_rows_take_it.data(), partials, begin, end); });
       if (p.grad_weight)
         run(i == 1, p.d, column, [&](int64_t begin, int64_t end) { table->sum_weight(p, partials, begin, end); });
       if (p.grad_lam) table->sum_lam(p, partials);
@@ -294,7 +304,7 @@ void backward(Bytes& in) {
     check(out[0].variance.bytes() == out[1].variance.bytes(), "grad_variance has other bits in parts", table->name);
     check(out[0].weight.bytes() == out[1].weight.bytes(), "grad_weight has other bits in parts", table->name);
     check(out[0].lam.bytes() == out[1].lam.bytes(), "grad_lam has other bits in parts", table->name);
-    check_backward(p, grad_y, grad_sum, x, variance, grad_variance, weight, out[0], table->name);
+    check_backward(p, grad_y, grad_sum, x, variance, grad_variance, weight.in_order, out[0], table->name);
     check(x.unchanged() && grad_y.unchanged() && grad_sum.unchanged(), "an input was written", table->name);
   }
 }

@@ -1,5 +1,6 @@
 // Runs every float, or every STRIDE-th, through the forward kernel of each instruction set with a = 1 and no gain, so
-// that y = tanh(x), and reports the largest error in ulps of the output's dtype. Exits 1 above the contract.
+// that y = tanh(x), and reports the largest error in ulps of the output's dtype. Exits 1 above the contract. Rows of bf16
+// alone, which have lanes of their own, take all numbers of bf16 times as many a in [1, 2) instead.
 //
 //   tanh_sweep [STRIDE [TIER]]     STRIDE 1 (the default) takes all 2^32 floats: half an hour of CPU time
 #include <cmath>
@@ -31,6 +32,21 @@ struct Worst {
   float at = 0;
   long wrong_specials = 0;
 };
+
+// The error of one y = tanh(x), x given exactly; drops_sign: of -0.
+void note(Worst& worst, double given, double x, int digits, int smallest_exponent, bool drops_sign) {
+  const double exact = std::tanh(x);
+  const bool special_ok = std::isnan(exact) ? std::isnan(given)
+                          : exact == 0      ? given == 0 && (drops_sign || std::signbit(given) == std::signbit(exact))
+                                            : std::fabs(given) <= 1;
+  if (!special_ok) ++worst.wrong_specials;
+  if (std::isnan(exact)) return;
+  const double error = std::fabs(given - exact) / ulp(exact, digits, smallest_exponent);
+  if (!(error <= worst.ulps)) {
+    worst.ulps = error;
+    worst.at = static_cast<float>(x);
+  }
+}
 
 template <typename T>
 Worst sweep(const cpu::Kernels& kernels, DType dtype, int digits, int smallest_exponent, uint64_t begin, uint64_t end,
@@ -67,35 +83,46 @@ Worst sweep(const cpu::Kernels& kernels, DType dtype, int digits, int smallest_e
     for (; n < kBlock && bits < end; bits += stride) x[n++] = cpu::bit_cast<float>(static_cast<uint32_t>(bits));
     p.d = n;
     kernels.forward(p, no_gain.data(), 0, 1);
-    for (int64_t i = 0; i < n; ++i) {
-      const double given = cpu::widen(y[i]), exact = std::tanh(static_cast<double>(x[i]));
-      const bool special_ok = std::isnan(exact) ? std::isnan(given)
-                              : exact == 0      ? given == 0 && (std::signbit(given) == std::signbit(exact) ||
-                                                            dtype != DType::f32)  // x + 0 drops the sign of -0
-                                                : std::fabs(given) <= 1;
-      if (!special_ok) ++worst.wrong_specials;
-      if (std::isnan(exact)) continue;
-      const double error = std::fabs(given - exact) / ulp(exact, digits, smallest_exponent);
-      if (!(error <= worst.ulps)) {
-        worst.ulps = error;
-        worst.at = x[i];
-      }
-    }
+    for (int64_t i = 0; i < n; ++i)  // x + 0 drops the sign of -0
+      note(worst, cpu::widen(y[i]), x[i], digits, smallest_exponent, dtype != DType::f32);
   }
   return worst;
 }
 
-template <typename T>
-bool check(const cpu::Kernels& kernels, DType dtype, const char* name, int digits, int smallest_exponent, double limit,
-           uint64_t stride) {
+// Rows of bf16: x of every number, a = 1 + i / scales for i in [begin, end).
+Worst sweep_bfloat(const cpu::Kernels& kernels, int64_t begin, int64_t end, int64_t scales) {
+  std::vector<cpu::bf16> x(kBlock), y(kBlock);
+  for (int64_t i = 0; i < kBlock; ++i) x[i].bits = static_cast<uint16_t>(i);
+  const std::vector<float> no_gain(kBlock, 1.0f);
+  const float one = 1.0f;
+  float lam;
+  ForwardParams p;
+  p.rows = 1, p.d = kBlock;
+  p.branch = p.stream = DType::bf16;
+  p.exact = false;
+  p.lam = {&lam, DType::f32};
+  p.variance = &one;
+  p.kappa = 1, p.eps = 0;
+  p.x = {x.data(), kBlock};
+  p.y = y.data();
+  Worst worst;
+  for (int64_t i = begin; i < end; ++i) {
+    lam = 1 + static_cast<float>(i) / static_cast<float>(scales);
+    kernels.forward(p, no_gain.data(), 0, 1);
+    for (int64_t j = 0; j < kBlock; ++j) note(worst, cpu::widen(y[j]), lam * cpu::widen(x[j]), 8, -133, false);
+  }
+  return worst;
+}
+
+// part(begin, end) in every thread's share of [0, all), a multiple of step.
+template <typename Part>
+bool check(const char* table, const char* name, double limit, uint64_t all, uint64_t step, Part part) {
   const unsigned threads = std::max(1u, std::thread::hardware_concurrency());
-  const uint64_t all = uint64_t{1} << 32, share = (all / threads + stride - 1) / stride * stride;
+  const uint64_t share = (all / threads + step) / step * step;
   std::vector<Worst> found(threads);
   std::vector<std::thread> pool;
   for (unsigned i = 0; i < threads; ++i)
-    pool.emplace_back([&, i] {
-      found[i] = sweep<T>(kernels, dtype, digits, smallest_exponent, i * share, std::min(all, (i + 1) * share), stride);
-    });
+    pool.emplace_back([&, i] { found[i] = part(std::min(all, i * share), std::min(all, (i + 1) * share)); });
   for (auto& thread : pool) thread.join();
   Worst worst;
   for (const auto& w : found) {
@@ -103,7 +130,7 @@ bool check(const cpu::Kernels& kernels, DType dtype, const char* name, int digit
     if (w.ulps > worst.ulps) worst.ulps = w.ulps, worst.at = w.at;
   }
   const bool ok = worst.ulps <= limit && worst.wrong_specials == 0;
-  std::printf("%-8s %-5s  %.4f ulp at %a (limit %.2f), %ld wrong special values  %s\n", kernels.name, name, worst.ulps,
+  std::printf("%-8s %-9s  %.4f ulp at %a (limit %.2f), %ld wrong special values  %s\n", table, name, worst.ulps,
               worst.at, limit, worst.wrong_specials, ok ? "ok" : "FAILED");
   std::fflush(stdout);
   return ok;
@@ -117,9 +144,18 @@ int main(int argc, char** argv) {
   for (const cpu::Kernels* table : cpu::runnable_kernels()) {
     const auto& kernels = *table;
     if (argc > 2 && std::strcmp(argv[2], kernels.name) != 0) continue;
-    ok &= check<float>(kernels, DType::f32, "f32", 24, -149, 2.5, stride);
-    ok &= check<cpu::bf16>(kernels, DType::bf16, "bf16", 8, -133, 0.55, stride);
-    ok &= check<cpu::f16>(kernels, DType::f16, "f16", 11, -24, 0.55, stride);
+    const uint64_t all = uint64_t{1} << 32, scales = std::max<uint64_t>(1, kBlock / stride);
+    const auto floats = [&]<typename T>(T, DType dtype, const char* name, int digits, int smallest, double limit) {
+      ok &= check(kernels.name, name, limit, all, stride, [&](uint64_t begin, uint64_t end) {
+        return sweep<T>(kernels, dtype, digits, smallest, begin, end, stride);
+      });
+    };
+    floats(float{}, DType::f32, "f32", 24, -149, 2.5);
+    floats(cpu::bf16{}, DType::bf16, "bf16", 8, -133, 0.55);
+    floats(cpu::f16{}, DType::f16, "f16", 11, -24, 0.55);
+    ok &= check(kernels.name, "bf16 rows", 0.55, scales, 1, [&](uint64_t begin, uint64_t end) {
+      return sweep_bfloat(kernels, begin, end, scales);
+    });
   }
   return ok ? 0 : 1;
 }

@@ -1,0 +1,88 @@
+// Two registers as one, for rows of bf16: the elements of even and those of odd index, whose bits are the lower and the
+// upper half of each 32 in memory. So one shift and one mask widen twice the lanes, one shift and one blend narrow them.
+//
+// Numbers that rows keep for themselves lie in memory in the order of the lanes (type laned): the gain, g and the sums
+// over rows. Of each whole register first the even elements, then the odd ones; a row's last part is in plain order.
+//
+// No NaN needs a test when it is rounded: each has zeros in the bits that bf16 drops. Those of bf16 have, those that
+// arithmetic makes have, arithmetic keeps them, and set1 and the gain's copy see to others. So no rounding carries into
+// the sign.
+//
+// Self adds load and store of bf16, in_order (the elements' order from that of the lanes) and from_order.
+template <typename Self, typename H>
+struct Pair {
+  struct F {
+    typename H::F even, odd;
+  };
+  struct Mask {
+    typename H::Mask even, odd;
+  };
+  static constexpr int N = 2 * H::N, at_once = H::at_once / 2, at_once_backward = H::at_once_backward / 2;
+  static constexpr bool few_registers = H::few_registers;
+  static constexpr double last_place_1 = H::last_place_1;
+
+  static F set1(double x) {
+    const auto all = H::set1(x == x ? x : std::numeric_limits<double>::quiet_NaN());
+    return {all, all};
+  }
+  static F add(F a, F b) { return {H::add(a.even, b.even), H::add(a.odd, b.odd)}; }
+  static F sub(F a, F b) { return {H::sub(a.even, b.even), H::sub(a.odd, b.odd)}; }
+  static F mul(F a, F b) { return {H::mul(a.even, b.even), H::mul(a.odd, b.odd)}; }
+  static F fma(F a, F b, F c) { return {H::fma(a.even, b.even, c.even), H::fma(a.odd, b.odd, c.odd)}; }
+  static F fnma(F a, F b, F c) { return {H::fnma(a.even, b.even, c.even), H::fnma(a.odd, b.odd, c.odd)}; }
+  static F min_of(F limit, F x) { return {H::min_of(limit.even, x.even), H::min_of(limit.odd, x.odd)}; }
+  static F max_of(F limit, F x) { return {H::max_of(limit.even, x.even), H::max_of(limit.odd, x.odd)}; }
+  static F zero_if_nan(F x) { return {H::zero_if_nan(x.even), H::zero_if_nan(x.odd)}; }
+  static F abs(F x) { return {H::abs(x.even), H::abs(x.odd)}; }
+  static F copy_sign(F magnitude, F sign) {
+    return {H::copy_sign(magnitude.even, sign.even), H::copy_sign(magnitude.odd, sign.odd)};
+  }
+  static Mask not_below(F x, F limit) {
+    return {H::not_below(x.even, limit.even), H::not_below(x.odd, limit.odd)};
+  }
+  static F select(Mask m, F yes, F no) {
+    return {H::select(m.even, yes.even, no.even), H::select(m.odd, yes.odd, no.odd)};
+  }
+  template <int K>
+  static bool any_from_1(const F (&squares)[K]) {
+    typename H::F all[2 * K];
+    for (int k = 0; k < K; ++k) all[2 * k] = squares[k].even, all[2 * k + 1] = squares[k].odd;
+    return H::any_from_1(all);
+  }
+  static double sum(F x) { return H::sum(H::add(x.even, x.odd)); }
+
+  static F reciprocal_14bit(F x) { return {H::reciprocal_14bit(x.even), H::reciprocal_14bit(x.odd)}; }
+  static F reciprocal(F x) { return {H::reciprocal(x.even), H::reciprocal(x.odd)}; }
+  static F round(F x) { return {H::round(x.even), H::round(x.odd)}; }
+  static F scale(F x, F n) { return {H::scale(x.even, n.even), H::scale(x.odd, n.odd)}; }
+
+  static F load(const laned* p) { return {H::load(&p->value), H::load(&p[H::N].value)}; }
+  static void store(laned* p, F x) { H::store(&p->value, x.even), H::store(&p[H::N].value, x.odd); }
+  template <typename T>
+  static F load(const T* p) {
+    return Self::from_order({H::load(p), H::load(p + H::N)});
+  }
+  template <typename T>
+  static void store(T* p, F x) {
+    const F elements = Self::in_order(x);
+    H::store(p, elements.even), H::store(p + H::N, elements.odd);
+  }
+  static void store(double* p, F x) {
+    float all[N];
+    store(all, x);
+    for (int i = 0; i < N; ++i) p[i] = all[i];
+  }
+
+  template <typename T>
+  static F load_part(const T* p, int n) {
+    std::conditional_t<std::is_same_v<T, laned>, float, T> all[N] = {};
+    std::memcpy(all, p, n * sizeof(T));
+    return Self::load(all);
+  }
+  template <typename T>
+  static void store_part(T* p, int n, F x) {
+    std::conditional_t<std::is_same_v<T, laned>, float, T> all[N];
+    Self::store(all, x);
+    std::memcpy(p, all, n * sizeof(T));
+  }
+};
