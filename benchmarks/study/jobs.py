@@ -104,7 +104,7 @@ def searches(preset: Preset) -> list[Job]:
 
 
 def best_lrs(preset: Preset, results: Results) -> dict[str, float]:
-    """The learning rate of the lowest held-out loss, for each norm whose search is complete, and those that share it."""
+    """The learning rate of the lowest held-out loss, of each norm whose search is complete, and of who shares it."""
     lrs = {}
     for norm in NORMS:
         jobs = search(preset, norm)

@@ -136,7 +136,8 @@ def machines(study: Study) -> list[str]:
     lines = []
     for place, runs in sorted(places.items(), key=lambda item: min(where["date"] for where in item[1])):
         first = min(runs, key=lambda where: where["date"])
-        commit = f"commit {first['commit']}{' with local changes' if first['dirty'] else ''}, " if first["commit"] else ""
+        changes = " with local changes" if first["dirty"] else ""
+        commit = f"commit {first['commit']}{changes}, " if first["commit"] else ""
         lines.append(f"{place}; {commit}{first['date'][:10]}: {len(runs)} runs.")
     return lines
 
@@ -192,8 +193,8 @@ def distance(study: Study) -> list[str]:
             read = [average(results, lambda m: math.sqrt(m["sites"][layer][site]["mean_square"]), 0)
                     for layer in (0, -1) for site in (0, 1)]
             rows.append([LABELS[norm], *(f"{size:.2f}" for size in read), *map(loss, runs)])
-    return markdown(["at the start root mean square of what is read: block 1, attention", "MLP", "last block, attention",
-                     "MLP", *(f"held-out loss at {lr:g}" for lr in rates)], rows)
+    return markdown(["root mean square of what is read at the start: block 1, attention", "MLP",
+                     "last block, attention", "MLP", *(f"held-out loss at {lr:g}" for lr in rates)], rows)
 
 
 def smaller_alphas(study: Study) -> list[str]:

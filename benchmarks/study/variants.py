@@ -14,7 +14,8 @@ from jobs import ALPHAS, BY_DEPTH, FIRST_EXACT, ONE_VALUE, POSITION, UNIT, Job
 from measure import offset
 from pretraining.model import EMBEDDING_STD, Block, ModelConfig
 from pretraining.norms import (
-    BLOCKS, KAPPA, LAM_ATTENTION, LAM_MLP, BlockBHyT, BlockBHyTExact, BlockDyT, BlockRMSNorm, Derf, DyT, ScaledEmbedding,
+    BLOCKS, KAPPA, LAM_ATTENTION, LAM_MLP, BlockBHyT, BlockBHyTExact, BlockDyT, BlockRMSNorm, Derf, DyT,
+    ScaledEmbedding,
 )
 
 

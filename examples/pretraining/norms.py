@@ -114,8 +114,8 @@ class BlockLayerNorm(BlockPreNorm):
 class DyT(nn.Module):
     """y = gamma * tanh(alpha * x) + beta: bounded without looking at the row (arXiv 2503.10622).
 
-    The authors' alpha for language models falls with the width: 0.2 (0.05 outside the attention) at 8192, 0.8 (0.2) at
-    4096, and 1 for all sites where narrow models are not told otherwise.
+    The authors' alpha for language models falls with the width: 0.2 in front of the attention and 0.05 elsewhere at
+    8192, 0.8 and 0.2 at 4096; their code takes 1 where it is told nothing, and so does this for narrow models.
     """
 
     def __init__(self, dim: int, alpha: float = 1.0) -> None:
