@@ -32,18 +32,16 @@ def calls(rows: int, d: int, branch: torch.dtype, stream: torch.dtype, offset: i
     v = residual.double().square().mean(-1, keepdim=True)
     v = v if stream == torch.float64 else v.float()
     c = torch.tensor(0.1, device="cuda")
+    uint8, float8 = (1 / 127, 128, torch.uint8), (1 / 448, 0, torch.float8_e4m3fn)
     yield ops.add_forward(x, residual, weight, lam)
     yield ops.add_forward_approx(x, residual, v, c, weight, lam)
     if branch == stream:
         yield ops.forward(x, None, lam)
         yield ops.forward_approx(x, v, None, weight, lam)
-    for to in (1 / 127, 128, torch.uint8), (1 / 448, 0, torch.float8_e4m3fn):
-        for gain in None, weight:
-            yield ops.add_forward_quantized(x, residual, gain, lam, *to)
-            yield ops.add_forward_approx_quantized(x, residual, v, c, gain, lam, *to)
-            if branch == stream:
-                yield ops.forward_quantized(x, gain, lam, *to)
-                yield ops.forward_approx_quantized(x, v, None, gain, lam, *to)
+        yield ops.forward_quantized(x, weight, lam, *float8)
+        yield ops.forward_approx_quantized(x, v, None, None, lam, *uint8)
+    yield ops.add_forward_quantized(x, residual, None, lam, *uint8)
+    yield ops.add_forward_approx_quantized(x, residual, v, c, weight, lam, *float8)
     yield ops.backward(x, None, residual, residual, v, weight, lam, 10.0, 1e-6, [True] * 3)
     yield ops.backward(x, v, None, residual, v, weight, lam, 10.0, 1e-6, [True] * 3)
     yield ops.backward_approx(x, residual, residual, v, c, weight, lam, 10.0, 1e-6, [True] * 4)
