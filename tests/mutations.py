@@ -62,7 +62,7 @@ CUDA = (
     Mutant("vec.cuh", "words[j / 4] >> j % 4 * 8", "words[0] >> j % 4 * 8", QUANTIZED),
     Mutant("output.cuh", "q.zero_point - (is_unsigned ? 128 : 0)", "q.zero_point", QUANTIZED),
     Mutant("output.cuh", "is_unsigned ? 0x80808080u : 0", "0", QUANTIZED),
-    Mutant("output.cuh", "hw::to_int16(scaled[j]) + zero", "hw::to_int16(scaled[j])", QUANTIZED),
+    Mutant("output.cuh", "q[j] += zero;", "q[j] += zero & ~1;", QUANTIZED),
     Mutant("output.cuh", "hw::to_int8_pair(q[j + 2], q[j + 3], 0)", "hw::to_int8_pair(q[j + 3], q[j + 2], 0)", QUANTIZED),
     Mutant("output.cuh", "to_float8_pair(q[j + 2], q[j + 3]) << 16", "to_float8_pair(q[j], q[j + 3]) << 16", QUANTIZED),
     Mutant("output.cuh", "float8 = q.dtype == DType::f8;", "", QUANTIZED),

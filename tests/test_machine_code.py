@@ -122,3 +122,11 @@ def test_main_path() -> None:
     assert large == ["LDG.E.128", "BRA", "MUFU.EX2", "FMUL", "BRA", "STG.E.128", "BRA"]
     assert len(machine_code.main_path(code, loop=False)) == 7
     assert machine_code.in_flight(machine_code.main_path(code, loop=True), loop=True) == 16
+
+
+def test_uniform_branches() -> None:
+    """A branch on a predicate that stands among its operands may go on, the negated ones of sm_100 too."""
+    for operands, ways in (("0x20", 1), ("UP0, 0x20", 2), ("!UP0, 0x20", 2)):
+        lines = [(0, "BRA.U", operands), (0x10, "NOP", ""), (0x20, "EXIT", "")]
+        code = machine_code.Code("100", "x", [machine_code.Instruction(a, "", n, o) for a, n, o in lines])
+        assert len(code.successors(0)) == ways

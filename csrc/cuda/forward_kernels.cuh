@@ -82,8 +82,8 @@ BHYT_DEVICE A square_sum(const Pack<Stream, W>& pack) {
   return dot(x, x);
 }
 
-// Whether 64 registers, so that two blocks of 512 threads share a multiprocessor, hold what a thread keeps: what ptxas of
-// CUDA 13.0 does without spilling.
+// Whether 64 registers, so that two blocks of 512 threads share a multiprocessor, hold what a thread keeps: ptxas of CUDA
+// 13.0 then does not spill.
 template <class Stream, class Weight, bool residual_added>
 constexpr bool fits_twice() {
   if (sizeof(Stream) == 4 || std::is_same_v<Weight, NoGain>) return true;
@@ -92,8 +92,8 @@ constexpr bool fits_twice() {
   return narrow || (brain && hw::kArch != 80);
 }
 
-// Wide, rows counted in 32 bits: a thread keeps its N packs of the row in registers from the only read to the write. A row
-// longer than a block is shared by several, which form a cluster where they have a sum to make.
+// Wide, rows counted in 32 bits: a thread keeps its N packs of the row in registers from the only read to the write. A
+// row longer than a block is shared by several, which form a cluster where they have a sum to make.
 template <class Branch, class Stream, class Weight, class Y, bool residual_added, bool exact, int N>
 BHYT_KERNEL_SHARING(kMaxThreads, (fits_twice<Stream, Weight, residual_added>() ? 2 : 1))
 forward_row_in_registers(const ForwardParams p, const Constants<Accumulate<Stream>> constants, const Ladder ladder,

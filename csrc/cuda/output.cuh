@@ -46,7 +46,11 @@ struct Output<Byte, A> {
   BHYT_DEVICE Pack<Byte, W> as_integers(const A (&scaled)[W]) const {
     int q[W];  // of 16 bits, so that adding to what has saturated does not overflow
 #pragma unroll
-    for (int j = 0; j < W; ++j) q[j] = hw::to_int16(scaled[j]) + zero;
+    for (int j = 0; j < W; ++j) q[j] = hw::to_int16(scaled[j]);
+    if (zero != 0) {  // not so for int8 about 0, nor for uint8 about 128
+#pragma unroll
+      for (int j = 0; j < W; ++j) q[j] += zero;
+    }
     Pack<Byte, W> pack;
 #pragma unroll
     for (int j = 0; j < W; j += 4) {

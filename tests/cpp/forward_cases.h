@@ -134,7 +134,8 @@ inline void invariances(const Case& c, const Inputs& in, const Outputs& out, Ker
   check(same(run(other, in, kernels), out), "the same bits in another order of threads: " + c.text());
   other.order = simt::Order::descending;
   other.clusters = false;
-  check(same(run(other, moved(3, 1, 0, c.rows), kernels), out), "the same bits unaligned and without clusters: " + c.text());
+  check(same(run(other, moved(3, 1, 0, c.rows), kernels), out),
+        "the same bits unaligned and without clusters: " + c.text());
   other = c;
   other.rows = 1;
   const Outputs alone = run(other, moved(0, 0, c.rows - 1, 1), kernels);

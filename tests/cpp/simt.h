@@ -448,7 +448,7 @@ uint32_t to_bfloat_bits(A v) { return simt::to_small_float(v, 8, 7); }
 inline uint32_t to_half_pair(float low, float high) { return to_half_bits(low) | to_half_bits(high) << 16; }
 inline uint32_t to_bfloat_pair(float low, float high) { return to_bfloat_bits(low) | to_bfloat_bits(high) << 16; }
 
-// float8_e4m3fn has the steps of a format with 5 bits of exponent, 2^8 below; no infinity, so that 448 is the last number.
+// float8_e4m3fn has the steps of a format with 5 bits of exponent, 2^8 below, and no infinity: 448 is the last number.
 inline uint32_t to_float8(float v) {
   if (std::isnan(v)) return 0x7f;
   const uint32_t size = simt::to_small_float(std::ldexp(std::fabs(static_cast<double>(v)), -8), 5, 3);

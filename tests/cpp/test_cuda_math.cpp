@@ -41,6 +41,18 @@ void tanh_of_floats() {
   check(worst_slope <= 8e-6, "1 - tanh^2 without cancellation");
 }
 
+// Which way an element takes is its own affair: one beside a large one has the bits that it has alone.
+template <bool to_16_bits>
+void neighbours() {
+  for (float small : {1e-4f, 0.01f, 0.3f, 0.89f}) {
+    const float alone[2] = {small, 0.f}, beside[2] = {small, 3.f};
+    float t_alone[2], u_alone[2], t[2], u[2];
+    tanh_and_slope<to_16_bits>(1.f, alone, t_alone, u_alone);
+    tanh_and_slope<to_16_bits>(1.f, beside, t, u);
+    check(t[0] == t_alone[0] && u[0] == u_alone[0], "a small argument beside a large one");
+  }
+}
+
 void special_values() {
   const float z[8] = {0.f, -0.f, INFINITY, -INFINITY, NAN, 1e-42f, 3e38f, 0.9f};
   float t[8], u[8];
@@ -179,6 +191,8 @@ void scales() {
 
 int main() {
   tanh_of_floats();
+  neighbours<false>();
+  neighbours<true>();
   special_values();
   conversions<f16>(DType::f16);
   conversions<bf16>(DType::bf16);

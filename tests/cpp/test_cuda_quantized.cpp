@@ -141,7 +141,8 @@ void many_values() {
     for (double bound : {1., 2.})
       for (DType q : {DType::i8, DType::f8}) {
         Case c;
-        c.rows = 64, c.d = 4096, c.branch = c.stream = dtype, c.exact = false, c.weight = -1, c.kappa = 1, c.lam_value = 1;
+        c.rows = 64, c.d = 4096, c.branch = c.stream = dtype, c.exact = false;
+        c.weight = -1, c.kappa = 1, c.lam_value = 1;
         c.quantization = {q, 127 / std::tanh(bound), 0};
         Inputs in = make_inputs(c);
         for (int64_t row = 0; row < c.rows; ++row) {
