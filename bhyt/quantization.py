@@ -35,10 +35,10 @@ def _quantized_rows(x: Tensor, dtype: torch.dtype) -> Tuple[Tensor, Tensor]:
 
 def _float_product(q: Tensor, weight: Tensor) -> Tensor:
     """The integers of torch._int_mm(q, weight.t()), by float32 products of blocks that are exact in any order."""
-    columns = q.float().split(_EXACT, 1)
+    columns = torch.split(q.float(), _EXACT, 1)
     products = []
-    for rows in weight.split(_EXACT):  # a few MiB in float32 at a time
-        product, *further = [torch.mm(x, w.t()) for x, w in zip(columns, rows.float().split(_EXACT, 1))]
+    for rows in torch.split(weight, _EXACT):  # a few MiB in float32 at a time
+        product, *further = [torch.mm(x, w.t()) for x, w in zip(columns, torch.split(rows.float(), _EXACT, 1))]
         for part in further:
             product = product.to(torch.int32) + part.to(torch.int32)
         products.append(product)
