@@ -69,7 +69,8 @@ build() {
 quick_check() {  # the kernels are there, and right in 36 outputs and gradients
   "$PYTHON" -P - << 'PY' || return
 import bhyt, torch
-for op in ("forward", "forward_approx", "add_forward", "add_forward_approx", "backward", "backward_approx"):
+forwards = ("forward", "forward_approx", "add_forward", "add_forward_approx")
+for op in (*forwards, *(f"{name}_quantized" for name in forwards), "backward", "backward_approx"):
     assert torch._C._dispatch_has_kernel_for_dispatch_key(f"bhyt::{op}", "CUDA"), op
 PY
   "$PYTHON" -P -m bhyt
