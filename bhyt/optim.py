@@ -5,6 +5,11 @@ from typing import Any, Dict, List
 from torch import nn
 
 
+def _dimensions(parameter: nn.Parameter) -> int:
+    """Of the whole parameter: DeepSpeed's ZeRO-3 leaves an empty vector in its place, and its shape in ds_shape."""
+    return len(getattr(parameter, "ds_shape", parameter.shape))
+
+
 def parameter_groups(model: nn.Module, weight_decay: float) -> List[Dict[str, Any]]:
     """Parameter groups for an optimizer: matrices decay; gains, biases and every site's lam do not.
 
@@ -29,6 +34,6 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> List[Dict[str, An
     if not parameters:
         raise ValueError(f"model: {type(model).__name__} has no parameter that requires a gradient")
     return [
-        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": weight_decay},
-        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
+        {"params": [p for p in parameters if _dimensions(p) >= 2], "weight_decay": weight_decay},
+        {"params": [p for p in parameters if _dimensions(p) < 2], "weight_decay": 0.0},
     ]

@@ -96,8 +96,9 @@ def pretrain(arguments: argparse.Namespace, settings: Preset, plan: Plan, world:
     out = arguments.out
     disable_progress_bar()
     source, held_out, eval_texts = world.together(lambda: documents(arguments, settings))
-    run = {**vars(settings), "norm": plan.norm, "exact_layers": plan.exact_layers, "refresh": arguments.refresh,
-           "seed": arguments.seed, "bf16": plan.bf16, "strategy": plan.strategy, "data": source.identity(),
+    run = {**vars(settings), "norm": plan.norm, "exact_layers": plan.exact_layers,
+           "unit_gains": plan.unit_gains, "refresh": arguments.refresh, "seed": arguments.seed, "bf16": plan.bf16,
+           "strategy": plan.strategy, "data": source.identity(),
            "eval_data": arguments.eval_data, "tokenizer": arguments.tokenizer}  # fmt: skip
     for name in ("steps", "micro_batch", "eval_sequences"):  # may be others when a run goes on
         del run[name]
@@ -128,7 +129,8 @@ def pretrain(arguments: argparse.Namespace, settings: Preset, plan: Plan, world:
         flush=True)  # fmt: skip
     set_seed(arguments.seed)
     ends = dict(bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id)
-    model = build_model({**settings.shape, **ends}, plan.norm, settings.seq_len, plan.exact_layers)
+    model = build_model({**settings.shape, **ends}, plan.norm, settings.seq_len, plan.exact_layers,
+                        plan.unit_gains)  # fmt: skip
     if plan.checkpointing:
         checkpoint_activations(model)
     # ZeRO-3 would have the arguments made first, and then build the model in parts, which sites cannot be put into.

@@ -305,5 +305,9 @@ def test_parameter_groups() -> None:
             p.grad = torch.zeros_like(p)
         optimizer.step()
     assert block.first.lam.item() == 2.0 and block.mix.weight.norm().item() < 0.9 * before
+    for p in block.parameters():  # as DeepSpeed's ZeRO-3 leaves them
+        p.ds_shape, p.data = p.shape, torch.empty(0)
+    groups = bhyt.parameter_groups(block, 0.1)
+    assert [[id(p) for p in group["params"]] for group in groups] == [[id(p) for p in g["params"]] for g in (decayed, kept)]
     with pytest.raises(ValueError, match="no parameter that requires"):
         bhyt.parameter_groups(block.requires_grad_(False), 0.1)

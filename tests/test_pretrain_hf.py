@@ -201,6 +201,12 @@ def test_norms() -> None:
     assert (
         sites_of(build_model(shape, "bhyt", 32, exact_layers=1)) == [bhyt.BHyT] * 2 + [bhyt.BHyT, bhyt.BHyTApprox] * 3
     )
+    model = build_model(shape, "bhyt", 32, unit_gains=True)
+    layer = model.model.layers[0]
+    first, second, attention = layer.input_layernorm, layer.post_attention_layernorm, layer.self_attn
+    assert first.weight.unique().item() == 5 and second.weight.unique().item() == 10
+    read = bhyt.attention_gain(5 * attention.v_proj.weight, attention.o_proj.weight, 32, kv_groups=2, head_dim=32)
+    torch.testing.assert_close(second.variance_offset.squeeze(), (read * (2 / 10) ** 2).squeeze(), rtol=1e-4, atol=0)
 
 
 def test_more_processes_go_on(corpus: Path, tokenizer: Any, tmp_path: Path) -> None:
@@ -338,7 +344,7 @@ def test_memory_is_counted() -> None:
     """Activations are the bytes that a real forward saves, to a tenth; the rest follows from the strategy."""
     shape, settings = (
         PRESETS["tiny"].shape,
-        dict(norm="bhyt", exact_layers=0, seq_len=32, batch=8, micro_batch=4, steps=1),
+        dict(norm="bhyt", exact_layers=0, unit_gains=False, seq_len=32, batch=8, micro_batch=4, steps=1),
     )
     count = parameters_by_hand(shape)
     for bf16, checkpointing in ((False, False), (True, False), (False, True)):
@@ -407,6 +413,7 @@ def test_decay(tmp_path: Path) -> None:
         (["--lr", "nan"], "--lr and --beta2: expected above 0, and from 0 to below 1, got nan and 0.95"),
         (["--held-out", "0"], "--held-out: expected a share between 0 and 1, got 0.0"),
         (["--norm", "rmsnorm", "--exact-layers", "1"], "--exact-layers: means nothing with --norm rmsnorm"),
+        (["--norm", "rmsnorm", "--unit-gains"], "--unit-gains: means nothing with --norm rmsnorm"),
         (["--devices", "2"], "--devices: is for --dry-run"),
         (["--refresh", "0"], "--refresh: expected at least 1, got 0"),
         (["--keep", "1"], "--keep: expected at least 2, got 1"),

@@ -44,6 +44,11 @@ def parse_arguments(argv: list[str] | None, page: str) -> argparse.Namespace:
         help="with bhyt, so many layers from the first on have exact second sites (default: 0, the authors')",
     )
     parser.add_argument(
+        "--unit-gains",
+        action="store_true",
+        help="gains start at kappa / lam, so that what sub-layers read has the size it has with RMSNorm",
+    )
+    parser.add_argument(
         "--dry-run", action="store_true", help="print the plan, of every preset if none is given, and end"
     )
     parser.add_argument("--devices", type=int, metavar="N", help="with --dry-run: devices to plan for (default: one)")
@@ -168,14 +173,16 @@ def plan_of(arguments: argparse.Namespace, settings: Preset, devices: int) -> Pl
         raise SystemExit(f"--held-out: expected a share between 0 and 1, got {settings.held_out}")
     if arguments.exact_layers and arguments.norm != "bhyt":
         raise SystemExit(f"--exact-layers: means nothing with --norm {arguments.norm}")
+    if arguments.unit_gains and arguments.norm == "rmsnorm":
+        raise SystemExit("--unit-gains: means nothing with --norm rmsnorm")
     if settings.batch % devices:
         raise SystemExit(f"--batch: expected a multiple of the {devices} processes, got {settings.batch}")
     share = settings.batch // devices
     micro_batch = min(settings.micro_batch, share) if arguments.micro_batch is None else settings.micro_batch
     if share % micro_batch:
         raise SystemExit(f"--micro-batch: expected a divisor of the {share} sequences of a process, got {micro_batch}")
-    return Plan(settings.shape, arguments.norm, arguments.exact_layers, settings.seq_len, settings.batch, micro_batch,
-                settings.steps, devices, strategy_of(arguments), arguments.bf16,
+    return Plan(settings.shape, arguments.norm, arguments.exact_layers, arguments.unit_gains, settings.seq_len,
+                settings.batch, micro_batch, settings.steps, devices, strategy_of(arguments), arguments.bf16,
                 arguments.checkpoint_activations)  # fmt: skip
 
 

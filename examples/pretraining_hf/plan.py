@@ -15,12 +15,12 @@ import bhyt.hf
 NORMS = {"bhyt": "bhyt", "bhyt-exact": "bhytstar", "rmsnorm": None}  # norm -> norm_type of bhyt.hf.convert
 
 
-def build_model(shape: dict[str, Any], norm: str, seq_len: int, exact_layers: int = 0) -> Any:
+def build_model(shape: dict[str, Any], norm: str, seq_len: int, exact_layers: int = 0, unit_gains: bool = False) -> Any:
     """A Llama with fresh float32 weights from torch's random state; its norms converted, unless they stay."""
     config = LlamaConfig(**shape, max_position_embeddings=seq_len, use_cache=False)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     if NORMS[norm]:
-        bhyt.hf.convert(model, norm_type=NORMS[norm], seq_len=seq_len, exact_layers=exact_layers)
+        bhyt.hf.convert(model, norm_type=NORMS[norm], seq_len=seq_len, exact_layers=exact_layers, warm_start=unit_gains)
     return model
 
 
@@ -43,6 +43,7 @@ class Plan:
     shape: dict[str, Any]
     norm: str
     exact_layers: int
+    unit_gains: bool
     seq_len: int
     batch: int
     micro_batch: int
@@ -73,7 +74,7 @@ class Plan:
 
     def without_storage(self) -> Any:
         with torch.device("meta"):
-            return build_model(self.shape, self.norm, self.seq_len, self.exact_layers)
+            return build_model(self.shape, self.norm, self.seq_len, self.exact_layers, self.unit_gains)
 
     def memory(self, model: Any) -> dict[str, float]:
         """Bytes per device. Activations are those that a forward saves; the rest follows from the number of weights."""
