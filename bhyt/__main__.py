@@ -95,9 +95,9 @@ def main() -> int:
     for device in devices():
         try:
             checks = list(self_check(device))
-        except RuntimeError as error:
+        except RuntimeError as problem:
             failed += 1
-            print(f"{'self-check:':15}{device} FAILED: {str(error).splitlines()[0]}")
+            print(f"{'self-check:':15}{device} FAILED: {str(problem).splitlines()[0]}")
             continue
         wrong = [check for check in checks if not check[1] <= check[2]]
         failed += len(wrong)

@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
+import bhyt  # noqa: F401
+
 TESTS = Path(__file__).parent
 FILES = ("test_accuracy.py", "test_determinism.py", "test_dtypes.py", "test_nonfinite.py", "test_quantized.py")
 # How torch names what ATEN_CPU_CAPABILITY asks for.
@@ -31,8 +33,7 @@ def test_tier(tier: str) -> None:
     set."""
     if TIERS[tier] == torch.backends.cpu.get_cpu_capability():
         pytest.skip(f"{tier} is what this process runs: the tests marked every_tier cover it here")
-    probe = in_tier(tier, "-c", "import torch; print(torch.backends.cpu.get_cpu_capability())")
-    if probe.stdout.strip() != TIERS[tier]:
+    if tier not in torch.ops.bhyt.build_info()["cpu_tiers"].split():  # torch would believe the variable, and crash
         pytest.skip(f"this CPU has no {tier}")
     run = in_tier(
         tier,
