@@ -353,8 +353,9 @@ def plain(names: list[str]) -> list[str]:
 INSTRUCTION = re.compile(r"/\*([0-9a-f]{4,})\*/\s+(?:\{\s*)?(@!?U?P\w+\s+)?([A-Z][\w.]*)\s*([^;]*);")
 
 
+@cache
 def machine_code(file: Path, arch: str) -> dict[str, Code]:
-    """Kernels by name."""
+    """Kernels by name. Read once: disassembling the library takes ten seconds."""
     parts = re.split(r"\n\s*Function : (\S+)", run("cuobjdump", "-sass", "-arch", f"sm_{arch}", str(file)))[1:]
     usage = run("cuobjdump", "-res-usage", "-arch", f"sm_{arch}", str(file))
     used = {name: (int(r), int(s)) for name, r, s in re.findall(r"Function (\w+):\s+REG:(\d+) STACK:(\d+)", usage)}
