@@ -46,7 +46,7 @@ def _float_product(q: Tensor, weight: Tensor) -> Tensor:
 
 
 def _product(q: Tensor, weight: Tensor) -> Tensor:
-    """q [rows, in] times weight [out, in] of its dtype: [rows, out], for int8 the exact integers, whatever their dtype."""
+    """q [rows, in] times weight [out, in] of its dtype: [rows, out]; for int8 exact integers, whatever their dtype."""
     if q.dtype != torch.int8:
         one = torch.ones((), device=q.device)
         return torch._scaled_mm(q, weight.t(), scale_a=one, scale_b=one, out_dtype=torch.float32)
@@ -181,8 +181,9 @@ def quantize(
     `others` get the same weights, and quantise their input with a scale per row.
 
     The model is in eval mode afterwards, without gradients, and refuses to run in training mode. It compiles, exports (no
-    AOTInductor package yet) and is saved as any other: a state dict loads into a model that was quantised in the same way, whatever weights it had
-    then; a `transformers` model remembers it in its config, so that from_pretrained loads it as what it is.
+    AOTInductor package yet) and is saved as any other: a state dict loads into a model that was quantised in the same
+    way, whatever weights it had then; a `transformers` model remembers it in its config, so that from_pretrained loads
+    it as what it is.
 
     Args:
         model: `bhyt.hf.convert`ed, or with sites used by hand. Its weights may have been loaded or not.
