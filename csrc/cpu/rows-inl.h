@@ -336,19 +336,21 @@ struct BackwardRow {
     });
   }
 
-  // An exact site keeps g for its second pass, as S enters every grad_x. Here the lines to be written are the row's own.
-  double exact_first(int64_t d, double a, const Sums* weight, Sums* grad_weight, Sums* g_row) const {
+  // An exact site keeps g for its second pass, as S enters every grad_x. All is asked for during the first, which computes
+  // for longer; the lines to be written are the row's own.
+  double exact_first(int64_t d, double a, const Sums* weight, Sums* grad_weight, Sums* g_row,
+                     const BackwardRow& next) const {
     return gains(d, a, weight, grad_weight, [&](int64_t j, auto span, int k, F g) {
+      next.fetch(j, k);
       fetch_to_write(j, k);
       span.template store<V>(g_row + j, k, g);
     });
   }
 
-  void exact_second(int64_t d, double a, double along_x, const Sums* g_row, const BackwardRow& next) const {
+  void exact_second(int64_t d, double a, double along_x, const Sums* g_row) const {
     const F scale = V::set1(a), slope = V::set1(along_x);
     sweep<V>(0, d, [&](int64_t j, auto span) {
       for (int k = 0; k < span.count; ++k) {
-        next.fetch(j, k);
         const F along_g = V::mul(scale, span.template load<V>(g_row + j, k));
         store(j, span, k, V::fma(slope, span.template load<V>(x + j, k), along_g));
       }
@@ -384,9 +386,9 @@ void backward_chunks_as(const BackwardParams& p, const void* weight_data, const 
       const double a_over_lam = 1 / (p.kappa * std::sqrt(shifted)), a = lam * a_over_lam;
       double S;
       if (p.exact) {
-        S = row.exact_first(p.d, a, weight, grad_weight, g_row.get());
+        S = row.exact_first(p.d, a, weight, grad_weight, g_row.get(), next);
         const double from_v = p.grad_variance ? 2 * static_cast<const A*>(p.grad_variance)[i] / d : 0;
-        if (p.grad_x) row.exact_second(p.d, a, from_v - a * S / (d * shifted), g_row.get(), next);
+        if (p.grad_x) row.exact_second(p.d, a, from_v - a * S / (d * shifted), g_row.get());
       } else {
         S = row.approximate(p.d, a, weight, grad_weight, next);
         if (p.grad_variance_out)
