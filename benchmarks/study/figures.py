@@ -49,7 +49,7 @@ def draw(axes: Axes, norm: str, x: Any, y: Any) -> None:
 
 def lrs(study: Study) -> Figure | None:
     """Held-out loss over the learning rate; a diverged run is a gap."""
-    searches = {norm: [job for job in search(study.preset, norm) if job in study.results]
+    searches = {norm: [job for job in search(study.preset, norm, study.results) if job in study.results]
                 for norm in NORMS if norm not in SAME_RATE}
     if not any(searches.values()):
         return None

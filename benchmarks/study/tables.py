@@ -10,13 +10,14 @@ from typing import Any, Callable, Sequence
 
 from jobs import (
     ALPHAS, BY_DEPTH, FIRST_EXACT, GAP, NEVER, NORMS, ONE_VALUE, POINTWISE, POSITION, REFRESH, SAME_RATE, UNIT,
-    Job, Preset, Result, Results, alphas, best_lrs, bounded, changed, comparison, final_loss, search, unbounded,
+    Job, Preset, Result, Results, alphas, best_lrs, bounded, changed, comparison, final_loss, unbounded,
 )
 from pretraining.norms import KAPPA
 from pretraining.plot import STYLE
 
 LABELS = {norm: label for norm, (_, _, label) in STYLE.items()} | {
     "rmsnorm-small": "RMSNorm, gains from lam / kappa",
+    "rmsnorm-embedding": "RMSNorm, embeddings of variance 1",
     FIRST_EXACT: "BHyT, first block exact",
     UNIT: "BHyT, gains from kappa / lam",
     BY_DEPTH: "BHyT, gains from kappa / (lam sqrt(l))",
@@ -145,14 +146,15 @@ def machines(study: Study) -> list[str]:
 def by_rate(study: Study, what: str, cell: Callable[[Result], str]) -> list[str]:
     """A row for every norm, a column for every learning rate of the search; the rate that was kept is bold. The search
     of a norm that has no such rate is not complete."""
+    rates = sorted((*study.preset.below, *study.preset.lrs))
     rows = []
     for norm in NORMS:
-        jobs = [] if norm in SAME_RATE else search(study.preset, norm)
+        jobs = [] if norm in SAME_RATE else [changed(study.preset, norm, lr) for lr in rates]
         cells = ["".join(map(cell, study.of([job]))) for job in jobs]
         if any(cells):
             rows.append([LABELS[norm], *(f"**{text}**" if job.lr == study.lrs.get(norm) else text
                                          for job, text in zip(jobs, cells))])
-    return markdown([f"{what} at learning rate", *(f"{lr:g}" for lr in study.preset.lrs)], rows)
+    return markdown([f"{what} at learning rate", *(f"{lr:g}" for lr in rates)], rows)
 
 
 def search_loss(study: Study) -> list[str]:
@@ -201,7 +203,7 @@ def smaller_alphas(study: Study) -> list[str]:
     """DyT and Derf at the lowest learning rate of the grid."""
     rows = []
     for norm in POINTWISE:
-        results = [study.of([job]) for job in (search(study.preset, norm)[0], *alphas(study.preset, norm))]
+        results = [study.of([job]) for job in (changed(study.preset, norm, study.preset.lrs[0]), *alphas(study.preset, norm))]
         if any(results[1:]):
             rows.append([LABELS[norm], *map(loss, results)])
     return markdown(["held-out loss with alpha", "1", *(f"{alpha:g}" for alpha in ALPHAS)], rows)
