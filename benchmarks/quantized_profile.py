@@ -1,9 +1,11 @@
-"""Where an eager decoding step of an eight-bit model spends its time beside the products of matrices.
+"""Where an eight-bit model spends its time beside the products of matrices: an eager decoding step, a compiled prefill.
 
     python benchmarks/quantized_profile.py          into results/<device>/quantized-profile.json
 
-The model of bench_quantized.py, one thread. What is taken away in turn returns tensors made before: the products, the
-scales per row, whole linears. What stays is CPU time of the process, which other work on the machine hardly changes.
+The models of bench_quantized.py, one thread. Decoding: what is taken away in turn returns tensors made before: the
+products, the scales per row, whole linears. Prefill: torch.profiler tells products, attention and sites from the rest, which
+is compiled code. All is CPU time of the process, which other work on the machine hardly changes. Where torch._int_mm is a
+plain loop, the prefill takes it all the same, as it is subtracted: minutes.
 """
 
 import argparse
@@ -20,7 +22,7 @@ from torch import Tensor, nn
 from bhyt import quantization
 from bhyt.quantization import QuantizedLinear
 
-FP32, INT8 = "BHyT fp32", bench_quantized.OURS
+FP32, INT8, TORCHAO = "BHyT fp32", bench_quantized.OURS, f"{bench_quantized.TORCHAO} int8 dynamic"
 
 
 def prepared(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -63,6 +65,28 @@ def measure(call: Callable[[], Any], patches: list[Any]) -> float:
     return 1e3 * taken / bench_quantized.PRESET.steps
 
 
+# By the start of an event's name; what has none of these is the compiled code between them.
+EVENTS = {
+    "products": ("aten::_int_mm", "aten::mm", "aten::addmm", "mkldnn::", "onednn::"),
+    "attention": ("aten::_scaled_dot_product", "aten::_flash_attention"),
+    "sites": ("bhyt::",),
+}
+
+
+def compiled_prefill(name: str, bases: dict[str, nn.Module], tokens: Tensor) -> dict[str, float]:
+    """Milliseconds of CPU time of one prefill, by part."""
+    torch._dynamo.reset()
+    with mock.patch.object(quantization, "_PLAIN_LOOP", False):
+        call = bench_quantized.Prefill(bench_quantized.build(name, bases).eval().requires_grad_(False), tokens, True)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        began = time.process_time()
+        call(0)
+        total = 1e3 * (time.process_time() - began)
+    parts = {part: sum(event.self_cpu_time_total for event in profile.key_averages() if event.key.startswith(names)) / 1e3
+             for part, names in EVENTS.items()}  # fmt: skip
+    return parts | {"rest": total - sum(parts.values())}
+
+
 def main(arguments: Optional[list[str]] = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seconds", type=float, default=30.0)
@@ -82,12 +106,17 @@ def main(arguments: Optional[list[str]] = None) -> None:
     while time.monotonic() < end:
         for title, (name, patches) in chosen.items():
             best[title] = min(best[title], measure(lambda: calls[name](0), patches))
+    prompt = torch.randint(0, preset.config["vocab_size"], (1, preset.length))
+    prefill = {name: compiled_prefill(name, bases, prompt) for name in (TORCHAO, INT8)}
     payload = {
         "benchmark": "quantized-profile", "environment": common.environment(), "preset": {"config": preset.config},
-        "cpu_ms_per_token": {title: round(ms, 3) for title, ms in best.items()},
+        "cpu_ms_per_token": {title: round(ms, 3) for title, ms in best.items()}, "tokens": preset.length,
+        "cpu_ms_per_prefill": {name: {part: round(ms, 2) for part, ms in found.items()} for name, found in prefill.items()},
     }  # fmt: skip
     for title, ms in best.items():
         print(f"{title:44} {ms:7.2f} ms of CPU time per token")
+    for name, found in prefill.items():
+        print(f"{name:44}", ", ".join(f"{part} {ms:.1f}" for part, ms in found.items()), "ms of CPU time per prefill")
     print("written to", common.write_json("quantized-profile", payload, out=args.out))
 
 

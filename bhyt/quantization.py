@@ -180,10 +180,9 @@ def quantize(
     read what the site writes: y / scale, the scale 1/127 (1/448 for float8) being that of the bound, known without data.
     `others` get the same weights, and quantise their input with a scale per row.
 
-    The model is in eval mode afterwards, without gradients, and refuses to run in training mode. It compiles, exports (no
-    AOTInductor package yet) and is saved as any other: a state dict loads into a model that was quantised in the same
-    way, whatever weights it had then; a `transformers` model remembers it in its config, so that from_pretrained loads
-    it as what it is.
+    The model is in eval mode afterwards, without gradients, and refuses to run in training mode. It compiles, exports
+    and is saved as any other: a state dict loads into a model that was quantised in the same way, whatever weights it
+    had then; a `transformers` model remembers it in its config, so that from_pretrained loads it as what it is.
 
     Args:
         model: `bhyt.hf.convert`ed, or with sites used by hand. Its weights may have been loaded or not.

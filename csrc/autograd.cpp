@@ -23,14 +23,14 @@ using c10::DispatchKeySet;
 using torch::autograd::SavedVariable;
 using torch::autograd::variable_list;
 
-// The op `name` with the signature of its composite, as the next dispatch key down sees it.
+// An overload of the op `name` with the signature of its composite, as the next dispatch key down sees it.
 template <auto composite_op>
 struct Op;
 
 template <typename Return, typename... Args, Return (*composite_op)(Args...)>
 struct Op<composite_op> {
-  explicit Op(const char* name)
-      : handle_(c10::Dispatcher::singleton().findSchemaOrThrow(name, "").typed<Return(Args...)>()) {}
+  explicit Op(const char* name, const char* overload = "")
+      : handle_(c10::Dispatcher::singleton().findSchemaOrThrow(name, overload).typed<Return(Args...)>()) {}
   Return operator()(Args... args) const { return handle_.call(args...); }
   Return below(DispatchKeySet keys, Args... args) const {
     return handle_.redispatch(keys & c10::after_autograd_keyset, args...);
@@ -315,7 +315,7 @@ struct NoGradient<name, composite_op> {
     TORCH_CHECK(!wants_graph(args...) && !(has_tangent(args) || ...), "bhyt: ", name,
                 ": not differentiable; call it under torch.no_grad(), or with tensors that do not require grad");
     if (inside_functorch_transform()) return composite_op(args...);
-    static const Op<composite_op> op((std::string("bhyt::") + name).c_str());
+    static const Op<composite_op> op((std::string("bhyt::") + name).c_str(), "explicit");
     return op.below(keys, args...);
   }
 };
@@ -330,10 +330,11 @@ TORCH_LIBRARY_IMPL(bhyt, Autograd, m) {
   m.impl("forward_approx", forward_approx);
   m.impl("add_forward", add_forward);
   m.impl("add_forward_approx", add_forward_approx);
-  m.impl(kForward, NoGradient<kForward, &composite::forward_quantized>::call);
-  m.impl(kForwardApprox, NoGradient<kForwardApprox, &composite::forward_approx_quantized>::call);
-  m.impl(kAddForward, NoGradient<kAddForward, &composite::add_forward_quantized>::call);
-  m.impl(kAddForwardApprox, NoGradient<kAddForwardApprox, &composite::add_forward_approx_quantized>::call);
+  m.impl("forward_quantized.explicit", NoGradient<kForward, &composite::forward_quantized>::call);
+  m.impl("forward_approx_quantized.explicit", NoGradient<kForwardApprox, &composite::forward_approx_quantized>::call);
+  m.impl("add_forward_quantized.explicit", NoGradient<kAddForward, &composite::add_forward_quantized>::call);
+  m.impl("add_forward_approx_quantized.explicit",
+         NoGradient<kAddForwardApprox, &composite::add_forward_approx_quantized>::call);
   m.impl("backward", backward);
   m.impl("backward_approx", backward_approx);
 }

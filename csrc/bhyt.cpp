@@ -1,5 +1,8 @@
 // The op contract. Everything else in this folder implements one of these lines for one dispatch key.
+#include <ATen/core/dispatch/Dispatcher.h>
 #include <torch/library.h>
+
+#include <memory>
 
 TORCH_LIBRARY(bhyt, m) {
   m.def(
@@ -36,6 +39,23 @@ TORCH_LIBRARY(bhyt, m) {
       " float eps=1e-06) -> (Tensor q, Tensor sum)",
       {at::Tag::pt2_compliant_tag});
   m.def(
+      "forward_quantized.explicit(Tensor x, Tensor? weight, Tensor lam, float scale, int zero_point, ScalarType dtype,"
+      " float kappa, float eps) -> (Tensor q, Tensor variance)",
+      {at::Tag::pt2_compliant_tag});
+  m.def(
+      "forward_approx_quantized.explicit(Tensor x, Tensor variance, Tensor? variance_offset, Tensor? weight, Tensor lam,"
+      " float scale, int zero_point, ScalarType dtype, float kappa, float eps) -> Tensor q",
+      {at::Tag::pt2_compliant_tag});
+  m.def(
+      "add_forward_quantized.explicit(Tensor x, Tensor residual, Tensor? weight, Tensor lam, float scale, int zero_point,"
+      " ScalarType dtype, float kappa, float eps) -> (Tensor q, Tensor sum, Tensor variance)",
+      {at::Tag::pt2_compliant_tag});
+  m.def(
+      "add_forward_approx_quantized.explicit(Tensor x, Tensor residual, Tensor variance, Tensor? variance_offset,"
+      " Tensor? weight, Tensor lam, float scale, int zero_point, ScalarType dtype, float kappa, float eps)"
+      " -> (Tensor q, Tensor sum)",
+      {at::Tag::pt2_compliant_tag});
+  m.def(
       "backward(Tensor grad_y, Tensor? grad_variance, Tensor? grad_sum, Tensor x, Tensor variance, Tensor? weight,"
       " Tensor lam, float kappa, float eps, bool[3] output_mask)"
       " -> (Tensor grad_x, Tensor grad_weight, Tensor grad_lam)",
@@ -45,4 +65,23 @@ TORCH_LIBRARY(bhyt, m) {
       " Tensor? weight, Tensor lam, float kappa, float eps, bool[4] output_mask)"
       " -> (Tensor grad_x, Tensor grad_variance, Tensor grad_weight, Tensor grad_lam)",
       {at::Tag::pt2_compliant_tag});
+}
+
+namespace {
+
+// The kernel of a quantised op: its overload without defaults. A traced graph leaves out what equals its default, and
+// AOTInductor writes the default of a ScalarType as an int, which its loader refuses.
+struct CallExplicit final : c10::OperatorKernel {
+  explicit CallExplicit(const char* name) : op(c10::Dispatcher::singleton().findSchemaOrThrow(name, "explicit")) {}
+  void operator()(const c10::OperatorHandle&, c10::DispatchKeySet, torch::jit::Stack* stack) { op.callBoxed(stack); }
+
+  c10::OperatorHandle op;  // looked up once: a look-up takes a seventh of a microsecond
+};
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(bhyt, CompositeImplicitAutograd, m) {
+  for (const char* name : {"bhyt::forward_quantized", "bhyt::forward_approx_quantized", "bhyt::add_forward_quantized",
+                           "bhyt::add_forward_approx_quantized"})
+    m.impl(name, torch::CppFunction::makeFromBoxedFunctor(std::make_unique<CallExplicit>(name)));
 }

@@ -10,10 +10,10 @@ static void register_composite(torch::Library& m) {
   m.impl("forward_approx", composite::forward_approx);
   m.impl("add_forward", composite::add_forward);
   m.impl("add_forward_approx", composite::add_forward_approx);
-  m.impl("forward_quantized", composite::forward_quantized);
-  m.impl("forward_approx_quantized", composite::forward_approx_quantized);
-  m.impl("add_forward_quantized", composite::add_forward_quantized);
-  m.impl("add_forward_approx_quantized", composite::add_forward_approx_quantized);
+  m.impl("forward_quantized.explicit", composite::forward_quantized);
+  m.impl("forward_approx_quantized.explicit", composite::forward_approx_quantized);
+  m.impl("add_forward_quantized.explicit", composite::add_forward_quantized);
+  m.impl("add_forward_approx_quantized.explicit", composite::add_forward_approx_quantized);
   m.impl("backward", composite::backward);
   m.impl("backward_approx", composite::backward_approx);
 }

@@ -121,10 +121,10 @@ TORCH_LIBRARY_IMPL(bhyt, Meta, m) {
   m.impl("forward_approx", forward_approx);
   m.impl("add_forward", add_forward);
   m.impl("add_forward_approx", add_forward_approx);
-  m.impl("forward_quantized", forward_quantized);
-  m.impl("forward_approx_quantized", forward_approx_quantized);
-  m.impl("add_forward_quantized", add_forward_quantized);
-  m.impl("add_forward_approx_quantized", add_forward_approx_quantized);
+  m.impl("forward_quantized.explicit", forward_quantized);
+  m.impl("forward_approx_quantized.explicit", forward_approx_quantized);
+  m.impl("add_forward_quantized.explicit", add_forward_quantized);
+  m.impl("add_forward_approx_quantized.explicit", add_forward_approx_quantized);
   m.impl("backward", backward);
   m.impl("backward_approx", backward_approx);
 }

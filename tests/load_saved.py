@@ -1,12 +1,15 @@
-"""A fresh process that loads every saved model in a folder as users' tools do: see test_hf_loading.py.
+"""Fresh processes that load every saved model in a folder as users' tools do: see test_hf_loading.py.
 
-    load_saved.py FOLDER HOW        HOW: "import" (import bhyt.hf), "trust" (trust_remote_code alone), "neither"
+    load_saved.py FOLDER
 
-Writes FOLDER/HOW.pt: {case: what the model gave, or the error}, and everything that was logged or warned of.
+Each is a fork of this one, which has imported transformers and nothing of bhyt: "import" imports bhyt.hf, "trust" says
+trust_remote_code, "neither" does not. Writes FOLDER/HOW.pt: {case: what the model gave, or the error}, and everything
+that was logged or warned of.
 """
 
 import json
 import logging
+import os
 import sys
 import warnings
 from pathlib import Path
@@ -14,6 +17,7 @@ from typing import Any, Dict
 
 import torch
 import transformers
+import transformers.modeling_utils  # else each fork does: seconds
 
 AUTO = {"causal": "AutoModelForCausalLM", "body": "AutoModel", "classifier": "AutoModelForSequenceClassification"}
 
@@ -24,7 +28,7 @@ def outputs(model: Any, ids: torch.Tensor) -> torch.Tensor:
     return result.last_hidden_state if hasattr(result, "last_hidden_state") else result.logits
 
 
-def main(folder: Path, how: str) -> None:
+def load_all(folder: Path, how: str) -> None:
     if how == "import":
         import bhyt.hf  # noqa: F401
     trust = {"trust_remote_code": True} if how == "trust" else {}
@@ -54,5 +58,13 @@ def main(folder: Path, how: str) -> None:
     torch.save(results, folder / f"{how}.pt")
 
 
+def main(folder: Path) -> None:
+    for how in ("neither", "import", "trust"):
+        if os.fork() == 0:
+            return load_all(folder, how)
+        if os.wait()[1] != 0:
+            sys.exit(f"{how}: failed")
+
+
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), sys.argv[2])
+    main(Path(sys.argv[1]))

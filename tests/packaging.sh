@@ -11,6 +11,18 @@ asks_for_torch() { unzip -p "$1" '*/METADATA' | grep -qx "Requires-Dist: torch==
 torch_version="$(python -c 'import torch; print(torch.__version__.split("+")[0])')"
 torch_minor="${torch_version%.*}"
 
+# The last of the ways below fetches torch, which takes longest: meanwhile, the others.
+python -m venv "$work/bare"
+echo "torch==$torch_version" > "$work/constraint"
+mkdir "$work/source"
+git archive HEAD | tar -x -C "$work/source"
+(
+  cd "$work/source"
+  export PIP_CONSTRAINT="$work/constraint" PIP_BUILD_CONSTRAINT="$work/constraint"
+  exec "$work/bare/bin/pip" install -q --dry-run --no-deps --report "$work/report" .
+) &
+without_torch=$!
+
 say "torch is there, whatever PyPI's newest is: the wheel is built for it"
 pip wheel -q --no-deps -w "$work/isolated" .
 wheel="$(ls "$work"/isolated/bhyt-*-cp310-abi3-*.whl)"
@@ -55,14 +67,7 @@ import setup") > "$work/log" 2>&1 && outcome=0 || outcome=$?
 done
 
 say "no torch: the build fetches it, and the package asks for its minor version"
-python -m venv "$work/bare"
-echo "torch==$torch_version" > "$work/constraint"
-git archive HEAD | (mkdir "$work/source" && tar -x -C "$work/source")
-(
-  cd "$work/source"
-  export PIP_CONSTRAINT="$work/constraint" PIP_BUILD_CONSTRAINT="$work/constraint"
-  "$work/bare/bin/pip" install -q --dry-run --no-deps --report "$work/report" .
-)
+wait "$without_torch"
 python -c "
 import json, sys
 (package,) = json.load(open('$work/report'))['install']

@@ -89,27 +89,26 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Tuple[Path, Dict[str, Any
     return folder, expected
 
 
-def load_all(folder: Path, how: str, cache: Path) -> Dict[str, Any]:
+@pytest.fixture(scope="module")
+def loaded(saved: Tuple[Path, Dict[str, Any]], tmp_path_factory: pytest.TempPathFactory) -> Dict[str, Dict[str, Any]]:
+    """What each way to load gives."""
+    folder, cache = saved[0], tmp_path_factory.mktemp("cache")
     environment = os.environ | {"HF_HOME": str(cache), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     run = subprocess.run(
-        [sys.executable, str(TESTS / "load_saved.py"), str(folder), how],
+        [sys.executable, str(TESTS / "load_saved.py"), str(folder)],
         env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True,
     )
     assert run.returncode == 0, run.stderr[-3000:]
-    return torch.load(folder / f"{how}.pt", weights_only=False)
-
-
-@pytest.fixture(scope="module", params=HOW)
-def loaded(request: pytest.FixtureRequest, saved: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
-    return load_all(saved[0], request.param, tmp_path_factory.mktemp("cache")), saved[1]
+    return {how: torch.load(folder / f"{how}.pt", weights_only=False) for how in (*HOW, "neither")}
 
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("family", FAMILIES)
-def test_every_loader(loaded: Any, family: str, kind: str) -> None:
+@pytest.mark.parametrize("how", HOW)
+def test_every_loader(saved: Any, loaded: Any, how: str, family: str, kind: str) -> None:
     """A fresh process gets the BHyT class and the bits of the saved model, of the cast one in bfloat16, in every tensor
     and in what it computes, and not one warning about keys."""
-    results, expected = loaded
+    results, expected = loaded[how], saved[1]
     for variant in VARIANTS:
         case = f"{family} {kind} {variant}"
         result, wanted = results[case], expected[case]
@@ -124,9 +123,9 @@ def test_every_loader(loaded: Any, family: str, kind: str) -> None:
         assert not said, (case, said)
 
 
-def test_never_another_model(saved: Any, tmp_path: Path) -> None:
+def test_never_another_model(saved: Any, loaded: Any) -> None:
     """Without bhyt and without trust_remote_code: an error that says what to do, from every Auto class."""
-    results = load_all(saved[0], "neither", tmp_path)
+    results = loaded["neither"]
     assert results["modules"] == []
     for case in saved[1]:
         assert isinstance(results[case], str) and "trust_remote_code=True" in results[case], (case, results[case])

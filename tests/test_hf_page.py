@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from pages import blocks, run_block
+from pages import blocks, run_bash
 from test_hf_loading import save_tokenizer
 
 
@@ -24,6 +24,6 @@ def test_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         if language == "python":
             exec(compile(code, "huggingface.md", "exec"), names)
         else:
-            printed = run_block(language, code, tmp_path)
+            printed = run_bash(code, tmp_path)
             assert "trust_remote_code" not in code or "BHyTLlamaForCausalLM" in printed or "lm_eval" in code
     assert type(names["loaded"]).__name__ == "BHyTLlamaForCausalLM"

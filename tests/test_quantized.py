@@ -1,7 +1,7 @@
 """The quantised forward ops (SPEC.md section 7): the integers of float64 arithmetic, and what holds of the six ops beside."""
 
 from dataclasses import dataclass, replace
-from typing import Any, Dict, Tuple
+from typing import Any, Dict, Optional, Tuple
 
 import pytest
 import torch
@@ -214,10 +214,11 @@ def test_large_tensors_prefetch(device: str) -> None:
         check(make_call(form, (700, 1100), torch.float32, device), Target())
 
 
+@pytest.mark.parametrize("overload", ("default", "explicit"))
 @pytest.mark.parametrize("form", FORMS)
-def test_opcheck(form: str, device: str) -> None:
+def test_opcheck(form: str, overload: str, device: str) -> None:
     """Schema, fake tensors, AOT with dynamic shapes."""
-    op = getattr(torch.ops.bhyt, form + "_quantized").default
+    op = getattr(getattr(torch.ops.bhyt, form + "_quantized"), overload)
     for shape, dtype, stream in (((4, 16), torch.float32, torch.float32), ((2, 3, 5), torch.bfloat16, torch.float32)):
         for target in (Target(), Target(F8, 0, 1 / 448)):
             torch.library.opcheck(op, target.arguments(make_call(form, shape, dtype, device, stream=stream)))
@@ -245,7 +246,7 @@ def test_reference_and_composite(form: str) -> None:
 
 def test_composite_is_what_other_backends_run() -> None:
     """On the CPU too, when its own key is left out."""
-    op = torch.ops.bhyt.forward_quantized.default
+    op = torch.ops.bhyt.forward_quantized.explicit
     call = make_call("forward", (5, 60))
     for target in (Target(), Target(torch.uint8, 128), Target(F8, 0, 1 / 448)):
         with torch._C._ExcludeDispatchKeyGuard(torch._C.DispatchKeySet(torch._C.DispatchKey.AutogradCPU)):
@@ -317,3 +318,25 @@ def test_compiled_and_exported(device: str) -> None:
     exported = torch.export.export(Site(), (call.x, call.residual))
     assert all(map(same_bits, exported.module()(call.x, call.residual), expected))
     assert "add_forward_quantized" in exported.graph_module.code
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_overloads(form: str) -> None:
+    """`explicit` has the arguments of the op without their defaults, and is what a graph below autograd holds, whole."""
+    packet, call = getattr(torch.ops.bhyt, form + "_quantized"), make_call(form, (4, 16))
+    default, explicit = packet.default._schema, packet.explicit._schema
+    assert not explicit.is_mutable and all(a.alias_info is None for a in (*explicit.arguments, *explicit.returns))
+    assert [(a.name, str(a.type)) for a in explicit.arguments] == [(a.name, str(a.type)) for a in default.arguments]
+    assert [(r.name, str(r.type)) for r in explicit.returns] == [(r.name, str(r.type)) for r in default.returns]
+    assert [a.name for a in default.arguments if a.has_default_value()] == ["zero_point", "dtype", "kappa", "eps"]
+    assert not any(a.has_default_value() for a in explicit.arguments)
+
+    *given, _, _ = call.arguments()
+
+    class Site(torch.nn.Module):
+        def forward(self, *rows: Optional[Tensor]) -> Any:
+            return packet(*rows, 1 / 127)
+
+    program = torch.export.export(Site(), tuple(given)).run_decompositions()
+    (node,) = [node for node in program.graph.nodes if str(node.target).startswith("bhyt.")]
+    assert node.target == packet.explicit and node.args[-5:] == (1 / 127, 0, torch.int8, 10.0, 1e-6)

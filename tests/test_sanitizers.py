@@ -8,6 +8,8 @@ import pytest
 
 TESTS = Path(__file__).parent
 SECONDS = 5
+# Each access is checked by a call, not by code of its own: as thorough, and compiled in three quarters of the time.
+QUICK_TO_COMPILE = "-O0 --param asan-instrumentation-with-call-threshold=0"
 
 
 def has_address_sanitizer() -> bool:
@@ -24,10 +26,10 @@ def has_address_sanitizer() -> bool:
 def test_random_calls_of_every_instruction_set(tmp_path: Path) -> None:
     """Random calls to the rows of each instruction set: within bounds of float64, in the buffers' bounds, no leak. And
     tanh of every 100,003rd float, through the program that takes them all."""
-    environment = {**os.environ, "OUT": str(tmp_path), "FUZZ_SECONDS": str(SECONDS), "FUZZ_CXXFLAGS": "-O0"}
+    environment = {**os.environ, "OUT": str(tmp_path), "FUZZ_SECONDS": str(SECONDS), "FUZZ_CXXFLAGS": QUICK_TO_COMPILE}
     command = ["bash", str(TESTS / "sanitizers.sh"), "address"]
     run = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert run.returncode == 0, run.stdout + run.stderr
     calls, *sweeps = run.stdout.splitlines()
     assert int(calls.split()[0]) > 20, run.stdout
-    assert len(sweeps) % 4 == 0 and sweeps and all(sweep.endswith("  ok") for sweep in sweeps), run.stdout
+    assert len(sweeps) % 5 == 0 and sweeps and all(sweep.endswith("  ok") for sweep in sweeps), run.stdout

@@ -211,14 +211,14 @@ struct ForwardRow {
   template <typename Load>
   void apply(int64_t d, double a, const Weight* weight, const Output<V, Y>& output, const ForwardRow& later,
              Load load) const {
-    const F scale = V::set1(a);
+    const RowTanh<V, T> tanh(a);
     sweep<V>(0, d, [&](int64_t j, auto span) {
-      F z[span.count], t[span.count];
+      F xs[span.count], t[span.count];
       for (int k = 0; k < span.count; ++k) {
         later.fetch(j, k);
-        z[k] = V::mul(scale, load(j, span, k));
+        xs[k] = load(j, span, k);
       }
-      const bool any_large = tanh_group<V, T>(z, t);
+      const bool any_large = tanh(xs, t);
       if constexpr (std::is_same_v<Y, integer8>)
         for (int k = 0; any_large && k < span.count; ++k) t[k] = V::zero_if_nan(t[k]);
       for (int k = 0; k < span.count; ++k)
@@ -303,15 +303,12 @@ struct BackwardRow {
   // Hands g to take(j, span, k, g), adds to grad_weight, returns S.
   template <typename Take>
   double gains(int64_t d, double a, const Sums* weight, Sums* grad_weight, Take take) const {
-    const F scale = V::set1(a);
+    const RowTanh<V, Summed<R>> tanh(a);
     RowSum<V, V::at_once_backward> S;
     S.over(d, [&](int64_t j, auto span) {
-      F xs[span.count], z[span.count], t[span.count], slope[span.count];
-      for (int k = 0; k < span.count; ++k) {
-        xs[k] = span.template load<V>(x + j, k);
-        z[k] = V::mul(scale, xs[k]);
-      }
-      tanh_and_slope_group<V, R>(z, t, slope);
+      F xs[span.count], t[span.count], slope[span.count];
+      for (int k = 0; k < span.count; ++k) xs[k] = span.template load<V>(x + j, k);
+      tanh(xs, t, slope);
       for (int k = 0; k < span.count; ++k) {
         const F upstream = span.template load<V>(grad_y + j, k);
         const F g = V::mul(V::mul(upstream, slope[k]), span.template load<V>(weight + j, k));
@@ -339,19 +336,21 @@ struct BackwardRow {
     });
   }
 
-  // An exact site keeps g for its second pass, as S enters every grad_x. Here the lines to be written are the row's own.
-  double exact_first(int64_t d, double a, const Sums* weight, Sums* grad_weight, Sums* g_row) const {
+  // An exact site keeps g for its second pass, as S enters every grad_x. All is asked for during the first, which computes
+  // for longer; the lines to be written are the row's own.
+  double exact_first(int64_t d, double a, const Sums* weight, Sums* grad_weight, Sums* g_row,
+                     const BackwardRow& next) const {
     return gains(d, a, weight, grad_weight, [&](int64_t j, auto span, int k, F g) {
+      next.fetch(j, k);
       fetch_to_write(j, k);
       span.template store<V>(g_row + j, k, g);
     });
   }
 
-  void exact_second(int64_t d, double a, double along_x, const Sums* g_row, const BackwardRow& next) const {
+  void exact_second(int64_t d, double a, double along_x, const Sums* g_row) const {
     const F scale = V::set1(a), slope = V::set1(along_x);
     sweep<V>(0, d, [&](int64_t j, auto span) {
       for (int k = 0; k < span.count; ++k) {
-        next.fetch(j, k);
         const F along_g = V::mul(scale, span.template load<V>(g_row + j, k));
         store(j, span, k, V::fma(slope, span.template load<V>(x + j, k), along_g));
       }
@@ -387,9 +386,9 @@ void backward_chunks_as(const BackwardParams& p, const void* weight_data, const 
       const double a_over_lam = 1 / (p.kappa * std::sqrt(shifted)), a = lam * a_over_lam;
       double S;
       if (p.exact) {
-        S = row.exact_first(p.d, a, weight, grad_weight, g_row.get());
+        S = row.exact_first(p.d, a, weight, grad_weight, g_row.get(), next);
         const double from_v = p.grad_variance ? 2 * static_cast<const A*>(p.grad_variance)[i] / d : 0;
-        if (p.grad_x) row.exact_second(p.d, a, from_v - a * S / (d * shifted), g_row.get(), next);
+        if (p.grad_x) row.exact_second(p.d, a, from_v - a * S / (d * shifted), g_row.get());
       } else {
         S = row.approximate(p.d, a, weight, grad_weight, next);
         if (p.grad_variance_out)

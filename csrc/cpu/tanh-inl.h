@@ -1,6 +1,6 @@
 // The vector tanh and its slope. Included after vec-inl.h, once per instruction set.
 //
-//   |z| < 1    t = z + z^3 P(z^2)              minimax, relative
+//   |z| < 1    t = z + z^3 P(z^2)              minimax, relative; z = a x, a in the coefficients
 //   |z| >= 1   t = sign(z) (1 - 2 / (1 + E))   E ~ exp(2|z|) as a power of a polynomial that is accurate just where
 //                                              t needs it (absolute), since E's own relative error fades with 1/E
 //   slope      1 - t^2 = s (2 - s), s = 2 e / (1 + e), e = exp(-2|z|): does not cancel
@@ -79,12 +79,6 @@ inline typename V::F horner(const double (&c)[n], typename V::F x) {
 }
 
 template <typename V, typename T>
-inline typename V::F tanh_below_1(typename V::F z, typename V::F z_squared) {
-  // z (1 + z^2 P), not z + z^3 P, which would lose the sign of -0.
-  return V::mul(z, V::fma(z_squared, horner<V>(TanhOf<T>::small, z_squared), V::set1(1)));
-}
-
-template <typename V, typename T>
 inline typename V::F tanh_from_1(typename V::F z) {
   auto E = horner<V>(TanhOf<T>::large, V::min_of(V::set1(TanhOf<T>::largest), V::abs(z)));
   for (int i = 0; i < TanhOf<T>::squarings; ++i) E = V::mul(E, E);
@@ -111,101 +105,135 @@ inline typename V::F exp_of_minus_twice(typename V::F a) {
 }
 
 template <typename V, int K>
-inline bool any_from_1(const typename V::F (&squares)[K]) {
-  if constexpr (requires { V::any_from_1(squares); }) {
-    return V::any_from_1(squares);
+inline bool any_from(const typename V::F (&squares)[K], typename V::F limit) {
+  if constexpr (requires { V::any_from(squares, limit); }) {
+    return V::any_from(squares, limit);
   } else {
-    auto found = V::not_below(squares[0], V::set1(1));
-    for (int k = 1; k < K; ++k) found = V::either(found, V::not_below(squares[k], V::set1(1)));
+    auto found = V::not_below(squares[0], limit);
+    for (int k = 1; k < K; ++k) found = V::either(found, V::not_below(squares[k], limit));
     return V::any(found);
   }
 }
 
-// t[k] = tanh(z[k]). False if all of them are small; a NaN is not.
-template <typename V, typename T, int K>
-inline bool tanh_group(const typename V::F (&z)[K], typename V::F (&t)[K]) {
-  if constexpr (sizeof(T) == sizeof(double)) {
-    for (int k = 0; k < K; ++k) t[k] = V::each(z[k], std::tanh);
-    return true;
-  } else {
-    typename V::F squared[K];
-    for (int k = 0; k < K; ++k) squared[k] = V::mul(z[k], z[k]);
-    const bool any_large = any_from_1<V>(squared);
-    const auto below_1 = [&](int k) { return tanh_below_1<V, T>(z[k], squared[k]); };
-    const auto from_1 = [&](int k, auto below) {
-      return V::select(V::not_below(squared[k], V::set1(1)), tanh_from_1<V, T>(z[k]), below);
-    };
-    if constexpr (!V::few_registers) {
-      for (int k = 0; k < K; ++k) t[k] = below_1(k);
-      if (any_large)
-        for (int k = 0; k < K; ++k) t[k] = from_1(k, t[k]);
-    } else if (any_large) [[unlikely]] {
-      for (int k = 0; k < K; ++k) t[k] = from_1(k, below_1(k));
-    } else {
-      for (int k = 0; k < K; ++k) t[k] = below_1(k);
+// tanh of the elements x of one row times its a, which stands in the coefficients: t = x (a + x^2 Q(x^2)), where
+// Q(u) = a^3 P(a^2 u), is a product less than z = a x first. x (..), not a x + .., which would lose the sign of -0.
+template <typename V, typename T>
+class RowTanh {
+  using F = typename V::F;
+  static constexpr auto& c = TanhOf<T>::small;
+  static constexpr int n = sizeof(c) / sizeof(c[0]);
+
+ public:
+  explicit RowTanh(double a) : a_(V::set1(a)) {
+    double power = a * a * a;
+    for (int i = 0; i < n; ++i, power *= a * a) q_[i] = V::set1(c[i] * power);
+    const double last = std::fabs(power);
+    const bool normal = last > 0x1p-110 && last < 0x1p110;  // all coefficients; else no x counts as small
+    limit_ = V::set1(normal ? 1 / (a * a) : std::numeric_limits<double>::quiet_NaN());
+  }
+
+  // t[k] = tanh(a x[k]). False if all of them are small; a NaN is not.
+  template <int K>
+  [[gnu::always_inline]] bool operator()(const F (&x)[K], F (&t)[K]) const {
+    F squared[K];
+    for (int k = 0; k < K; ++k) squared[k] = V::mul(x[k], x[k]);
+    if (any_from<V>(squared, limit_)) [[unlikely]] {
+      F z[K], any_t[K];  // copies: only these have addresses
+      for (int k = 0; k < K; ++k) z[k] = V::mul(a_, x[k]);
+      any(z, any_t);
+      for (int k = 0; k < K; ++k) t[k] = any_t[k];
+      return true;
     }
-    return any_large;
+    for (int k = 0; k < K; ++k) t[k] = below_1(x[k], squared[k]);
+    return false;
   }
-}
 
-template <typename V, typename T, int K>
-inline void tanh_and_slope_below_1(const typename V::F (&z)[K], const typename V::F (&squared)[K],
-                                   typename V::F (&t)[K], typename V::F (&slope)[K]) {
-  for (int k = 0; k < K; ++k) {
-    t[k] = tanh_below_1<V, Summed<T>>(z[k], squared[k]);
-    slope[k] = V::fnma(t[k], t[k], V::set1(1));
+  // And slope[k] = 1 - t[k]^2.
+  template <int K>
+  [[gnu::always_inline]] void operator()(const F (&x)[K], F (&t)[K], F (&slope)[K]) const {
+    F squared[K];
+    for (int k = 0; k < K; ++k) squared[k] = V::mul(x[k], x[k]);
+    if (any_from<V>(squared, limit_)) [[unlikely]] {
+      F z[K], any_t[K], any_slope[K];
+      for (int k = 0; k < K; ++k) z[k] = V::mul(a_, x[k]);
+      any(z, any_t, any_slope);
+      for (int k = 0; k < K; ++k) t[k] = any_t[k], slope[k] = any_slope[k];
+      return;
+    }
+    for (int k = 0; k < K; ++k) {
+      t[k] = below_1(x[k], squared[k]);
+      slope[k] = V::fnma(t[k], t[k], V::set1(1));
+    }
   }
-}
 
-// After that: what is right where |z| is from 1 on.
-template <typename V, int K>
-inline void tanh_and_slope_from_1(const typename V::F (&z)[K], const typename V::F (&squared)[K], typename V::F (&t)[K],
-                                  typename V::F (&slope)[K]) {
-  const auto one = V::set1(1), two = V::set1(2);
-  for (int k = 0; k < K; ++k) {
-    const auto large = V::not_below(squared[k], one);
-    const auto e = exp_of_minus_twice<V>(V::abs(z[k]));
-    const auto s = V::mul(V::mul(two, e), V::reciprocal(V::add(one, e)));
-    t[k] = V::select(large, V::copy_sign(V::sub(one, s), z[k]), t[k]);
-    slope[k] = V::select(large, V::mul(s, V::sub(two, s)), slope[k]);
+ private:
+  [[gnu::always_inline]] F below_1(F x, F squared) const {
+    F p = q_[n - 1];
+    for (int i = n - 1; i-- > 0;) p = V::fma(p, squared, q_[i]);
+    return V::mul(x, V::fma(p, squared, a_));
   }
-}
 
-// Both. A call, so that with few registers the loop around it keeps its own.
-template <typename V, typename T, int K>
-[[gnu::noinline]] void tanh_and_slope_of_any(const typename V::F (&z)[K], typename V::F (&t)[K],
-                                             typename V::F (&slope)[K]) {
-  typename V::F squared[K];
-  for (int k = 0; k < K; ++k) squared[k] = V::mul(z[k], z[k]);
-  tanh_and_slope_below_1<V, T>(z, squared, t, slope);
-  tanh_and_slope_from_1<V>(z, squared, t, slope);
-}
+  // The rare groups, of any z: calls, so that the loops around keep their registers.
+  template <int K>
+  [[gnu::noinline]] static void any(const F (&z)[K], F (&t)[K]) {
+    const RowTanh unscaled(1);
+    F squared[K];
+    for (int k = 0; k < K; ++k) squared[k] = V::mul(z[k], z[k]);
+    for (int k = 0; k < K; ++k) t[k] = unscaled.below_1(z[k], squared[k]);
+    if (!any_from<V>(squared, V::set1(1))) return;
+    for (int k = 0; k < K; ++k)
+      t[k] = V::select(V::not_below(squared[k], V::set1(1)), tanh_from_1<V, T>(z[k]), t[k]);
+  }
 
-// t[k] = tanh(z[k]), slope[k] = 1 - t[k]^2.
-template <typename V, typename T, int K>
-inline void tanh_and_slope_group(const typename V::F (&z)[K], typename V::F (&t)[K], typename V::F (&slope)[K]) {
-  if constexpr (sizeof(T) == sizeof(double)) {
+  template <int K>
+  [[gnu::noinline]] static void any(const F (&z)[K], F (&t)[K], F (&slope)[K]) {
+    const RowTanh unscaled(1);
+    const auto one = V::set1(1), two = V::set1(2);
+    F squared[K];
+    for (int k = 0; k < K; ++k) {
+      squared[k] = V::mul(z[k], z[k]);
+      t[k] = unscaled.below_1(z[k], squared[k]);
+      slope[k] = V::fnma(t[k], t[k], one);
+    }
+    if (!any_from<V>(squared, one)) return;
+    for (int k = 0; k < K; ++k) {
+      const auto large = V::not_below(squared[k], one);
+      const auto e = exp_of_minus_twice<V>(V::abs(z[k]));
+      const auto s = V::mul(V::mul(two, e), V::reciprocal(V::add(one, e)));
+      t[k] = V::select(large, V::copy_sign(V::sub(one, s), z[k]), t[k]);
+      slope[k] = V::select(large, V::mul(s, V::sub(two, s)), slope[k]);
+    }
+  }
+
+  F a_, limit_, q_[n];
+};
+
+// By libm.
+template <typename V>
+class RowTanh<V, double> {
+  using F = typename V::F;
+
+ public:
+  explicit RowTanh(double a) : a_(V::set1(a)) {}
+
+  template <int K>
+  bool operator()(const F (&x)[K], F (&t)[K]) const {
+    for (int k = 0; k < K; ++k) t[k] = V::each(V::mul(a_, x[k]), std::tanh);
+    return true;
+  }
+
+  template <int K>
+  void operator()(const F (&x)[K], F (&t)[K], F (&slope)[K]) const {
     const auto one = V::set1(1);
     for (int k = 0; k < K; ++k) {
-      t[k] = V::each(z[k], std::tanh);
-      const auto e = V::each(V::mul(V::abs(z[k]), V::set1(-2)), std::exp);
+      const auto z = V::mul(a_, x[k]);
+      t[k] = V::each(z, std::tanh);
+      const auto e = V::each(V::mul(V::abs(z), V::set1(-2)), std::exp);
       const auto r = V::mul(e, V::reciprocal(V::add(one, e)));
       slope[k] = V::mul(V::mul(V::set1(4), r), V::sub(one, r));
     }
-  } else {
-    typename V::F squared[K];
-    for (int k = 0; k < K; ++k) squared[k] = V::mul(z[k], z[k]);
-    const bool any_large = any_from_1<V>(squared);
-    if constexpr (!V::few_registers) {
-      tanh_and_slope_below_1<V, T>(z, squared, t, slope);
-      if (any_large) tanh_and_slope_from_1<V>(z, squared, t, slope);
-    } else if (any_large) [[unlikely]] {
-      typename V::F in[K], out_t[K], out_slope[K];  // copies: only these have addresses
-      for (int k = 0; k < K; ++k) in[k] = z[k];
-      tanh_and_slope_of_any<V, T>(in, out_t, out_slope);
-      for (int k = 0; k < K; ++k) t[k] = out_t[k], slope[k] = out_slope[k];
-    } else {
-      tanh_and_slope_below_1<V, T>(z, squared, t, slope);
-    }
   }
-}
+
+ private:
+  F a_;
+};

@@ -7,7 +7,6 @@
 // Each is a set of static functions over a register type F:
 //   at_once, at_once_backward     registers that a loop takes in one turn; as many as the set has room for
 //   load / store          whole registers, any storage type; *_part: the first n lanes, the others read as 0
-//   few_registers         rare cases are kept out of loops
 //   store_untied          if there is one: as store, but ties may go either way
 //   fma(a, b, c) = a b + c, fnma(a, b, c) = c - a b
 //   min_of, max_of(limit, x)      NaN if x is NaN
@@ -27,7 +26,6 @@
 
 struct Wide {
   static constexpr int N = 4, at_once = 4, at_once_backward = 4;
-  static constexpr bool few_registers = false;
   static constexpr double last_place_1 = 0x1.8p52;
   typedef double F __attribute__((vector_size(N * sizeof(double))));
   typedef int64_t Mask __attribute__((vector_size(N * sizeof(int64_t))));

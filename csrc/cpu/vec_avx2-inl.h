@@ -4,7 +4,6 @@ struct Float {
   using F = __m256;
   using Mask = __m256;
   static constexpr int N = 8, at_once = 4, at_once_backward = 2;
-  static constexpr bool few_registers = true;
   static constexpr double last_place_1 = 0x1.8p23;
 
   static F set1(double x) { return _mm256_set1_ps(static_cast<float>(x)); }
@@ -27,10 +26,10 @@ struct Float {
   static F select(Mask m, F yes, F no) { return _mm256_blendv_ps(no, yes, m); }
   // Of squares, which order as their bits do, NaN above all.
   template <int K>
-  static bool any_from_1(const F (&squares)[K]) {
+  static bool any_from(const F (&squares)[K], F limit) {
     __m256i largest = _mm256_castps_si256(squares[0]);
     for (int k = 1; k < K; ++k) largest = _mm256_max_epu32(largest, _mm256_castps_si256(squares[k]));
-    return any(not_below(_mm256_castsi256_ps(largest), set1(1)));
+    return any(not_below(_mm256_castsi256_ps(largest), limit));
   }
   static double sum(F x) {
     __m128 s = _mm_add_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));

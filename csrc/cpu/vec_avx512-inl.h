@@ -4,7 +4,6 @@ struct Float {
   using F = __m512;
   using Mask = __mmask16;
   static constexpr int N = 16, at_once = 4, at_once_backward = 4;
-  static constexpr bool few_registers = false;
   static constexpr double last_place_1 = 0x1.8p23;
 
   static F set1(double x) { return _mm512_set1_ps(static_cast<float>(x)); }

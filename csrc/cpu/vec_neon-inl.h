@@ -4,7 +4,6 @@ struct Float {
   using F = float32x4_t;
   using Mask = uint32x4_t;
   static constexpr int N = 4, at_once = 4, at_once_backward = 4;
-  static constexpr bool few_registers = false;
   static constexpr double last_place_1 = 0x1.8p23;
 
   static uint32x4_t bits(F x) { return vreinterpretq_u32_f32(x); }
@@ -24,10 +23,10 @@ struct Float {
   static F select(Mask m, F yes, F no) { return vbslq_f32(m, yes, no); }
   // Of squares, which order as their bits do, NaN above all.
   template <int K>
-  static bool any_from_1(const F (&squares)[K]) {
+  static bool any_from(const F (&squares)[K], F limit) {
     uint32x4_t largest = bits(squares[0]);
     for (int k = 1; k < K; ++k) largest = vmaxq_u32(largest, bits(squares[k]));
-    return any(not_below(vreinterpretq_f32_u32(largest), set1(1)));
+    return any(not_below(vreinterpretq_f32_u32(largest), limit));
   }
   static double sum(F x) { return vaddvq_f32(x); }
 

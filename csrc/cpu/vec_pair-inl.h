@@ -18,7 +18,6 @@ struct Pair {
     typename H::Mask even, odd;
   };
   static constexpr int N = 2 * H::N, at_once = H::at_once / 2, at_once_backward = H::at_once_backward / 2;
-  static constexpr bool few_registers = H::few_registers;
   static constexpr double last_place_1 = H::last_place_1;
 
   static F set1(double x) {
@@ -44,10 +43,10 @@ struct Pair {
     return {H::select(m.even, yes.even, no.even), H::select(m.odd, yes.odd, no.odd)};
   }
   template <int K>
-  static bool any_from_1(const F (&squares)[K]) {
+  static bool any_from(const F (&squares)[K], F limit) {
     typename H::F all[2 * K];
     for (int k = 0; k < K; ++k) all[2 * k] = squares[k].even, all[2 * k + 1] = squares[k].odd;
-    return H::any_from_1(all);
+    return H::any_from(all, limit.even);
   }
   static double sum(F x) { return H::sum(H::add(x.even, x.odd)); }
 

@@ -92,10 +92,10 @@ TORCH_LIBRARY_IMPL(bhyt, CUDA, m) {
   m.impl("forward_approx", &Ops::forward_approx);
   m.impl("add_forward", &Ops::add_forward);
   m.impl("add_forward_approx", &Ops::add_forward_approx);
-  m.impl("forward_quantized", &Ops::forward_quantized);
-  m.impl("forward_approx_quantized", &Ops::forward_approx_quantized);
-  m.impl("add_forward_quantized", &Ops::add_forward_quantized);
-  m.impl("add_forward_approx_quantized", &Ops::add_forward_approx_quantized);
+  m.impl("forward_quantized.explicit", &Ops::forward_quantized);
+  m.impl("forward_approx_quantized.explicit", &Ops::forward_approx_quantized);
+  m.impl("add_forward_quantized.explicit", &Ops::add_forward_quantized);
+  m.impl("add_forward_approx_quantized.explicit", &Ops::add_forward_approx_quantized);
   m.impl("backward", &Ops::backward);
   m.impl("backward_approx", &Ops::backward_approx);
 }

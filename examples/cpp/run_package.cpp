@@ -4,7 +4,7 @@
 //
 // MODEL.pt2: torch._inductor.aoti_compile_and_package. INPUTS.pt: torch.save of a list of tensors. Writes the list of outputs, for torch.load.
 #include <torch/csrc/inductor/aoti_package/model_package_loader.h>
-#include <torch/torch.h>
+#include <torch/serialize.h>
 
 #include <fstream>
 #include <iostream>

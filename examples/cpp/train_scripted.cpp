@@ -4,8 +4,9 @@
 //
 // MODEL.pt: torch.jit.save of a model [B, T] int64 -> logits [B, T, vocab]. TOKENS.pt: torch.save of {"tokens": [B, T + 1]}.
 // Writes {"logits", "loss", "grad.<parameter>" before the step, "<parameter>" after it}, for torch.load.
+#include <torch/optim/sgd.h>
 #include <torch/script.h>
-#include <torch/torch.h>
+#include <torch/serialize.h>
 
 #include <algorithm>
 #include <fstream>
@@ -40,7 +41,7 @@ int main(int argc, char** argv) {
 
   c10::Dict<std::string, Tensor> results;
   const Tensor logits = model.forward({inputs}).toTensor();
-  const Tensor loss = torch::nn::functional::cross_entropy(logits.flatten(0, 1), targets.flatten());
+  const Tensor loss = torch::cross_entropy_loss(logits.flatten(0, 1), targets.flatten());
   loss.backward();
   results.insert("logits", logits.detach());
   results.insert("loss", loss.detach());

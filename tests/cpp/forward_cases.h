@@ -13,6 +13,13 @@ using namespace bhyt;
 using rows::check;
 using rows::Tensor;
 
+struct Types {
+  DType branch, stream;
+};
+constexpr Types kTypes[] = {{DType::f32, DType::f32},  {DType::bf16, DType::bf16}, {DType::f16, DType::f16},
+                            {DType::bf16, DType::f32}, {DType::f16, DType::f32},   {DType::f64, DType::f64},
+                            {DType::bf16, DType::f64}, {DType::f16, DType::f64},   {DType::f32, DType::f64}};
+
 struct Case {
   int64_t rows = 3, d = 64;
   DType branch = DType::f32, stream = DType::f32;
@@ -142,6 +149,19 @@ inline void invariances(const Case& c, const Inputs& in, const Outputs& out, Ker
   check(alone.y.same_bits(out.y, 0, c.rows - 1) && (!out.sum || alone.sum.same_bits(out.sum, 0, c.rows - 1)) &&
             (!c.exact || alone.variance.same_bits(out.variance, 0, c.rows - 1)),
         "the same bits alone and in a batch: " + c.text());
+}
+
+inline void empty(const std::optional<Quantization>& quantization = {}, Kernels kernels = cuda::forward) {
+  for (bool exact : {true, false}) {
+    Case c;
+    c.exact = exact, c.rows = 0, c.quantization = quantization;
+    const int64_t before = simt::machine().launches;
+    run(c, make_inputs(c), kernels);
+    check(simt::machine().launches == before, "no rows, no launch");
+    c.rows = 3, c.d = 0;
+    const Outputs out = run(c, make_inputs(c), kernels);
+    if (exact) check(std::isnan(out.variance.get(1, 0)), "the mean of nothing is NaN");
+  }
 }
 
 }  // namespace forward_cases

@@ -1,6 +1,7 @@
 // Runs every float, or every STRIDE-th, through the forward kernel of each instruction set with a = 1 and no gain, so
-// that y = tanh(x), and reports the largest error in ulps of the output's dtype. Exits 1 above the contract. Rows of bf16
-// alone, which have lanes of their own, take all numbers of bf16 times as many a in [1, 2) instead.
+// that y = tanh(x), and reports the largest error in ulps of the output's dtype. Exits 1 above the contract. Rows of f32
+// take every 16th of these floats with other a too, to both sides of those that coefficients can hold; rows of bf16 alone,
+// which have lanes of their own, all numbers of bf16 times as many a in [1, 2) instead.
 //
 //   tanh_sweep [STRIDE [TIER]]     STRIDE 1 (the default) takes all 2^32 floats: half an hour of CPU time
 #include <cmath>
@@ -50,7 +51,7 @@ void note(Worst& worst, double given, double x, int digits, int smallest_exponen
 
 template <typename T>
 Worst sweep(const cpu::Kernels& kernels, DType dtype, int digits, int smallest_exponent, uint64_t begin, uint64_t end,
-            uint64_t stride) {
+            uint64_t stride, float a = 1) {
   std::vector<float> x(kBlock), no_gain(kBlock, 1.0f);
   std::vector<T> y(kBlock);
   const float one = 1.0f;
@@ -60,7 +61,7 @@ Worst sweep(const cpu::Kernels& kernels, DType dtype, int digits, int smallest_e
   // A wide stream: float32 arguments for every output dtype would need a residual; the stream is then the sum.
   p.stream = DType::f32;
   p.exact = false;
-  p.lam = {&one, DType::f32};
+  p.lam = {&a, DType::f32};
   p.variance = &one;
   p.kappa = 1;
   p.eps = 0;
@@ -84,7 +85,7 @@ Worst sweep(const cpu::Kernels& kernels, DType dtype, int digits, int smallest_e
     p.d = n;
     kernels.forward(p, no_gain.data(), 0, 1);
     for (int64_t i = 0; i < n; ++i)  // x + 0 drops the sign of -0
-      note(worst, cpu::widen(y[i]), x[i], digits, smallest_exponent, dtype != DType::f32);
+      note(worst, cpu::widen(y[i]), static_cast<double>(a) * x[i], digits, smallest_exponent, dtype != DType::f32);
   }
   return worst;
 }
@@ -151,6 +152,15 @@ int main(int argc, char** argv) {
       });
     };
     floats(float{}, DType::f32, "f32", 24, -149, 2.5);
+    ok &= check(kernels.name, "f32 rows", 2.5, all, stride * 16, [&](uint64_t begin, uint64_t end) {
+      Worst worst;
+      for (const float a : {0x1p-20f, 0x1p-9f, 0x1.19999ap-7f, 0.2f, 0x1.6a09e6p0f, -7.3f, 157.0f, 0x1p9f, 0x1p60f}) {
+        const Worst found = sweep<float>(kernels, DType::f32, 24, -149, begin, end, stride * 16, a);
+        worst.wrong_specials += found.wrong_specials;
+        if (found.ulps > worst.ulps) worst.ulps = found.ulps, worst.at = found.at;
+      }
+      return worst;
+    });
     floats(cpu::bf16{}, DType::bf16, "bf16", 8, -133, 0.55);
     floats(cpu::f16{}, DType::f16, "f16", 11, -24, 0.55);
     ok &= check(kernels.name, "bf16 rows", 0.55, scales, 1, [&](uint64_t begin, uint64_t end) {

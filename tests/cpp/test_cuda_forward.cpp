@@ -106,30 +106,11 @@ void zero_rows() {
     check(out.y.get(0, i) == 0 && std::signbit(out.y.get(0, i)) == (i % 2 == 1), "zeros stay zeros of their sign");
 }
 
-void empty() {
-  for (bool exact : {true, false}) {
-    Case c;
-    c.exact = exact, c.rows = 0;
-    const int64_t before = simt::machine().launches;
-    run(c, make_inputs(c));
-    check(simt::machine().launches == before, "no rows, no launch");
-    c.rows = 3, c.d = 0;
-    const Outputs out = run(c, make_inputs(c));
-    if (exact) check(std::isnan(out.variance.get(1, 0)), "the mean of nothing is NaN");
-  }
-}
-
 }  // namespace
 
 int main() {
-  struct Types {
-    DType branch, stream;
-  };
-  const Types types[] = {{DType::f32, DType::f32},  {DType::bf16, DType::bf16}, {DType::f16, DType::f16},
-                         {DType::bf16, DType::f32}, {DType::f16, DType::f32},   {DType::f64, DType::f64},
-                         {DType::bf16, DType::f64}, {DType::f16, DType::f64},   {DType::f32, DType::f64}};
   int turn = 0;
-  for (const Types& t : types)
+  for (const Types& t : kTypes)
     for (bool exact : {true, false})
       for (bool residual : {false, true}) {
         if (!residual && t.branch != t.stream) continue;
@@ -151,7 +132,7 @@ int main() {
         for (c.pad = 1; c.pad <= 4; ++c.pad) test(c, false);  // the first row is aligned, the second is not
       }
 
-  for (const Types& t : {types[0], types[1], types[3]})  // long rows: several parts, clusters, loops
+  for (const Types& t : {kTypes[0], kTypes[1], kTypes[3]})  // long rows: several parts, clusters, loops
     for (bool residual : {false, true}) {
       if (!residual && t.branch != t.stream) continue;
       for (int64_t d : {16384, 20000, 40001, 131072}) {

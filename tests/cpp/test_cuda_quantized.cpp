@@ -153,30 +153,11 @@ void many_values() {
       }
 }
 
-void empty() {
-  for (bool exact : {true, false}) {
-    Case c;
-    c.exact = exact, c.rows = 0, c.quantization = kTargets[0];
-    const int64_t before = simt::machine().launches;
-    run(c, make_inputs(c), kQuantized);
-    check(simt::machine().launches == before, "no rows, no launch");
-    c.rows = 3, c.d = 0;
-    const Outputs out = run(c, make_inputs(c), kQuantized);
-    if (exact) check(std::isnan(out.variance.get(1, 0)), "the mean of nothing is NaN");
-  }
-}
-
 }  // namespace
 
 int main() {
-  struct Types {
-    DType branch, stream;
-  };
-  const Types types[] = {{DType::f32, DType::f32},  {DType::bf16, DType::bf16}, {DType::f16, DType::f16},
-                         {DType::bf16, DType::f32}, {DType::f16, DType::f32},   {DType::f64, DType::f64},
-                         {DType::bf16, DType::f64}, {DType::f16, DType::f64},   {DType::f32, DType::f64}};
   int turn = 0;
-  for (const Types& t : types)
+  for (const Types& t : kTypes)
     for (bool exact : {true, false})
       for (bool residual : {false, true}) {
         if (!residual && t.branch != t.stream) continue;
@@ -199,7 +180,7 @@ int main() {
           test(c, false);
         }
       }
-  for (const Types& t : {types[0], types[1], types[3]})  // long rows: several parts, clusters, loops
+  for (const Types& t : {kTypes[0], kTypes[1], kTypes[3]})  // long rows: several parts, clusters, loops
     for (bool residual : {false, true}) {
       if (!residual && t.branch != t.stream) continue;
       for (int64_t d : {20000, 131072}) {
@@ -218,6 +199,6 @@ int main() {
   }
   ties();
   many_values();
-  empty();
+  empty(kTargets[0], kQuantized);
   return rows::report("quantized");
 }
