@@ -118,11 +118,12 @@ def start_worker(preset: Preset, corpus: Corpus, common: dict, folder: Path, ste
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     if preset.device == "cpu":
         torch.set_num_threads(1)
-    worker = (preset, corpus, common, environment(), folder, steps)
+    worker = (preset, corpus, common, folder, steps)
 
 
 def work(job: Job) -> None:
-    preset, corpus, common, where, folder, steps = worker
+    preset, corpus, common, folder, steps = worker
+    where = environment()
 
     def count(number: int = 1) -> None:
         with steps.get_lock():

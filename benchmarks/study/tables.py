@@ -58,6 +58,20 @@ class Study:
     def unbounded(self) -> list[Result]:
         return self.of(unbounded(self.preset, self.lrs["bhyt"])) if "bhyt" in self.lrs else []
 
+    def timed(self, results: Sequence[Result]) -> bool:
+        """Whether seconds mean something: of the machine of most runs, and where not more than two processes a core
+        wanted it, on the median."""
+        cpus = [result["environment"]["cpu"] for result in self.results.values()]
+        load = median(r["environment"]["load_before"] / r["environment"]["cores"] for r in results)
+        return load <= 2 and {r["environment"]["cpu"] for r in results} == {max(cpus, key=cpus.count)}
+
+    def speed(self, results: Sequence[Result]) -> str:
+        """Median training tokens per second of the runs."""
+        if not self.timed(results):
+            return ""
+        lasts = [result["train"][-1] for result in results]
+        return f"{median(last['tokens'] / last['seconds'] for last in lasts):,.0f}"
+
 
 def finished(results: Sequence[Result]) -> list[Result]:
     return [result for result in results if not result["diverged"]]
@@ -95,19 +109,6 @@ def loss(results: Sequence[Result]) -> str:
     text = [f"{mean(losses):.3f}" + (f" ± {stdev(losses):.3f}" if len(losses) > 1 else "")] if losses else []
     lost = len(results) - len(losses)
     return ", ".join(text + ([f"{lost} of {len(results)} diverged"] if lost else []))
-
-
-def timed(results: Sequence[Result]) -> bool:
-    """Whether seconds mean something: not where more than two processes a core wanted the machine, on the median."""
-    return median(r["environment"]["load_before"] / r["environment"]["cores"] for r in results) <= 2
-
-
-def speed(results: Sequence[Result]) -> str:
-    """Median training tokens per second of the runs."""
-    if not timed(results):
-        return ""
-    lasts = [result["train"][-1] for result in results]
-    return f"{median(last['tokens'] / last['seconds'] for last in lasts):,.0f}"
 
 
 # ---- the tables
@@ -178,7 +179,7 @@ def compared(study: Study) -> list[str]:
         largest = max((record["largest_gradient"] or math.inf) for result in results for record in result["train"])
         last = average(good, lambda m: m["variance"][-1]) if good else math.nan
         rows.append([LABELS[norm], f"{study.lrs[norm]:g}", loss(results),
-                     speed(results), number(last), number(growth), number(gradients), number(largest),
+                     study.speed(results), number(last), number(growth), number(gradients), number(largest),
                      worst_share(good, "saturated"), worst_share(good, "unforeseen")])
     return markdown(["norm", "learning rate", "held-out loss", "tokens/s", "variance, last block",
                      "variance, last block / first", "gradient, largest block / smallest", "largest gradient norm",
