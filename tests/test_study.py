@@ -68,13 +68,15 @@ def strict_json(path: Path) -> dict:
 
 
 def test_every_run_has_a_complete_file(results):
-    """11 norms x 2 rates; then 12 x 2 seeds, 5 variants, 2 refreshes, 2 bounds, LNS, and short runs of 2 x 3 alphas and
+    """11 norms x 2 rates, one more where the lower is the best; then 12 x 2 seeds, 5 variants, 2 refreshes, 2 bounds, LNS, and short runs of 2 x 3 alphas and
     of what may explain the distance to RMSNorm; equal tokens for equals."""
     records = [strict_json(path) for path in results.iterdir()]
-    lrs = jobs.best_lrs(SMOKE, jobs.read_results(sorted(results.iterdir())))
+    found = jobs.read_results(sorted(results.iterdir()))
+    lrs, searched = jobs.best_lrs(SMOKE, found), jobs.searches(SMOKE, found)
+    assert 11 * 2 <= len(searched) == len({*searched} & found.keys()) <= 11 * 3
     assert lrs["pre-crmsnorm"] == lrs["layernorm"] and lrs.keys() >= {*jobs.NORMS, *jobs.VARIANTS}
     gap = {(norm, lrs[other]) for norm, others in jobs.GAP.items() for other in others}
-    assert len(records) == 11 * 2 + 12 * 2 + 5 * 2 + 2 * 2 + 2 * 2 + 2 + 2 * 3 + len(gap)
+    assert len(records) == len(searched) + 12 * 2 + 5 * 2 + 2 * 2 + 2 * 2 + 2 + 2 * 3 + len(gap)
     for record in records:
         job, steps = record["job"], [m["step"] for m in record["measurements"]]
         assert steps == ([0, 2] if job["steps"] == SMOKE.short else [0, 2, 4]) and not record["diverged"]
@@ -126,16 +128,31 @@ def test_divergence_is_a_result(text):
     assert result["diverged"]
 
 
+def searched(loss) -> dict:
+    """A complete search, by the loss at a learning rate: None for a run that diverged."""
+    results = {}
+    while missing := [job for job in jobs.searches(SMOKE, results) if job not in results]:
+        for job in missing:
+            results[job] = {"diverged": loss(job.lr) is None, "measurements": [{"loss": loss(job.lr)}]}
+    return results
+
+
 def test_the_best_rate_is_not_a_diverged_one():
-    results = {
-        job: {"diverged": job.lr > 0.005, "measurements": [{"loss": 3 - job.lr}]} for job in jobs.searches(SMOKE)
-    }
+    results = searched(lambda lr: 3 - lr if lr < 0.005 else None)
     assert set(jobs.best_lrs(SMOKE, results).values()) == {1e-3}
+
+
+def test_below_the_grid_where_its_lowest_rate_is_the_best():
+    """And no further than rates were named."""
+    assert {job.lr for job in searched(lambda lr: 3 - lr)} == {1e-3, 1e-2}
+    results = searched(lambda lr: 3 + lr)
+    assert {job.lr for job in results} == {1e-4, 1e-3, 1e-2}
+    assert set(jobs.best_lrs(SMOKE, results).values()) == {1e-4}
 
 
 def test_an_incomplete_search_has_no_best_rate():
     """It hides no other norm's; and Pre-CRMSNorm has LayerNorm's."""
-    results = {job: {"diverged": False, "measurements": [{"loss": 3 - job.lr}]} for job in jobs.searches(SMOKE)}
+    results = searched(lambda lr: 3 - lr)
     del results[Job("layernorm", 1e-3, 0, SMOKE.short)]
     lrs = jobs.best_lrs(SMOKE, results)
     assert not {"layernorm", "pre-crmsnorm"} & lrs.keys() and lrs["rmsnorm"] == lrs[jobs.UNIT] == 1e-2
@@ -200,7 +217,8 @@ def test_where_gains_start():
     """(kappa / lam) ** power: sub-layers read mean squares of 1, of (lam / kappa)^4, and of 1 / l; a little less with
     tanh. RMSNorm that starts where BHyT does reads (lam / kappa)^2."""
     for norm, first, second in (
-        ("bhyt-unit-exact", 1.0, 1.0), ("bhyt-small", 0.2**4, 0.1**4), ("rmsnorm-small", 0.2**2, 0.1**2)
+        ("bhyt-unit-exact", 1.0, 1.0), ("bhyt-small", 0.2**4, 0.1**4), ("rmsnorm-small", 0.2**2, 0.1**2),
+        ("rmsnorm-embedding", 1.0, 1.0),
     ):
         for pair in readings(norm)[1]:
             assert pair == pytest.approx([first, second], rel=0.15)
@@ -430,11 +448,10 @@ def test_page(results, tmp_path, monkeypatch):
     search = [r for r in records if r["job"]["norm"] == "dyt" and r["job"]["seed"] == 0]
     by_rate = {r["job"]["lr"]: r["measurements"][-1]["loss"] for r in search}
     best = min(by_rate, key=by_rate.get)
-    cells = [f"**{by_rate[lr]:.3f}**" if lr == best else f"{by_rate[lr]:.3f}" for lr in (1e-3, 1e-2)]
-    assert f"| DyT | {cells[0]} | {cells[1]} |" in full
     spread = {r["job"]["lr"]: tables.number(r["measurements"][-1]["variance"][-1]) for r in search}
-    cells = [f"**{spread[lr]}**" if lr == best else spread[lr] for lr in (1e-3, 1e-2)]
-    assert f"| DyT | {cells[0]} | {cells[1]} |" in full
+    for texts in ({lr: f"{loss:.3f}" for lr, loss in by_rate.items()}, spread):
+        texts[best] = f"**{texts[best]}**"
+        assert f"| DyT | {' | '.join(texts.get(lr, '') for lr in (1e-4, 1e-3, 1e-2))} |" in full
     losses = [r["measurements"][-1]["loss"] for r in records if r["job"]["norm"] == "dyt" and r["job"]["seed"] > 0]
     assert len(losses) == 2 and f"| DyT | {best:g} | {mean(losses):.3f} ± {stdev(losses):.3f} |" in full
 

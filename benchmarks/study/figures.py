@@ -27,7 +27,7 @@ from matplotlib.figure import Figure  # noqa: E402
 
 from jobs import NORMS, PRESETS, SAME_RATE, UNIT, final_loss, read_results, search  # noqa: E402
 from pretraining.plot import STYLE  # noqa: E402
-from tables import ESTIMATES, LABELS, TABLES, Study, average, finished, timed  # noqa: E402
+from tables import ESTIMATES, LABELS, TABLES, Study, average, finished  # noqa: E402
 
 STYLES = STYLE | {UNIT: ("black", "*", LABELS[UNIT])}
 PAGE = HERE.parent.parent / "docs" / "study.md"
@@ -49,7 +49,7 @@ def draw(axes: Axes, norm: str, x: Any, y: Any) -> None:
 
 def lrs(study: Study) -> Figure | None:
     """Held-out loss over the learning rate; a diverged run is a gap."""
-    searches = {norm: [job for job in search(study.preset, norm) if job in study.results]
+    searches = {norm: [job for job in search(study.preset, norm, study.results) if job in study.results]
                 for norm in NORMS if norm not in SAME_RATE}
     if not any(searches.values()):
         return None
@@ -74,7 +74,7 @@ def losses(study: Study) -> Figure | None:
     for norm, results in runs.items():
         curves = [[m["loss"] for m in result["measurements"]][1:] for result in results]
         low, high = [min(column) for column in zip(*curves)], [max(column) for column in zip(*curves)]
-        for axes, key in ((left, "tokens"), (right, "seconds"))[: 1 + timed(results)]:
+        for axes, key in ((left, "tokens"), (right, "seconds"))[: 1 + study.timed(results)]:
             x = [average(results, lambda m: m[key], i) for i in range(1, len(curves[0]) + 1)]
             draw(axes, norm, x, [sum(column) / len(column) for column in zip(*curves)])
             axes.fill_between(x, low, high, color=STYLES[norm][0], alpha=0.15, linewidth=0)

@@ -21,6 +21,7 @@ GAP = {
     UNIT: ("rmsnorm", "bhyt"),
     BY_DEPTH: ("rmsnorm", "lns"),
     "rmsnorm-small": ("rmsnorm", "bhyt"),
+    "rmsnorm-embedding": ("rmsnorm",),
     "bhyt-small": ("bhyt",),
     "bhyt-fast": ("bhyt",),
     "bhyt-embedding": ("bhyt",),
@@ -50,6 +51,7 @@ class Preset:
     long: int  # steps of all others; equal steps are equal tokens
     measurements: int  # of a long run, after the one at its start; a short run has one
     lrs: tuple[float, ...]
+    below: tuple[float, ...]  # rates for norms to which the lowest of lrs is the best, falling
     seeds: tuple[int, ...]
     refreshes: tuple[int, ...]
     bounds: tuple[float, ...]  # values of (lam / kappa) * sqrt(layers)
@@ -58,18 +60,19 @@ class Preset:
 
 
 LRS = (1e-3, 3e-3, 1e-2, 3e-2, 1e-1)  # the last two ask for trouble
+BELOW = (3e-4, 1e-4)
 SEEDS = (1, 2, 3)
 POINTWISE = ("dyt", "derf")
 ALPHAS = (0.3, 0.1, 0.03)  # of those two; their authors' rule gives 1 for this width
 BOUNDS = (0.5, 1.0, 2.0, 4.0)
 
 PRESETS = {
-    "smoke": Preset(2, 16, 2, 1, 16, 16, 2, 4, 2, (1e-3, 1e-2), (1, 2), (1, NEVER), (0.5, 2.0), "cpu", "float32"),
+    "smoke": Preset(2, 16, 2, 1, 16, 16, 2, 4, 2, (1e-3, 1e-2), (1e-4,), (1, 2), (1, NEVER), (0.5, 2.0), "cpu", "float32"),
     "cpu": Preset(
-        24, 128, 4, 2, 128, 2, 240, 800, 4, LRS, SEEDS, (REFRESH, 100, NEVER), BOUNDS, "cpu", "float32"
+        24, 128, 4, 2, 128, 2, 240, 800, 4, LRS, BELOW, SEEDS, (REFRESH, 100, NEVER), BOUNDS, "cpu", "float32"
     ),
     "gpu": Preset(
-        48, 256, 4, 2, 512, 32, 600, 4000, 8, LRS, SEEDS, (1, REFRESH, 100, 1000, NEVER), BOUNDS, "cuda", "bfloat16"
+        48, 256, 4, 2, 512, 32, 600, 4000, 8, LRS, BELOW, SEEDS, (1, REFRESH, 100, 1000, NEVER), BOUNDS, "cuda", "bfloat16"
     ),
 }
 
@@ -94,22 +97,29 @@ Results = Mapping[Job, Result]
 # ---- the experiments
 
 
-def search(preset: Preset, norm: str) -> list[Job]:
-    """The same small grid of learning rates for every norm."""
-    return [Job(norm, lr, SEARCH_SEED, preset.short) for lr in preset.lrs]
+def search(preset: Preset, norm: str, results: Results) -> list[Job]:
+    """The same small grid of learning rates for every norm, and below it one more for as long as the lowest is the best."""
+    jobs = [Job(norm, lr, SEARCH_SEED, preset.short) for lr in preset.lrs]
+    for lr in preset.below:
+        if best_of(jobs, results) == jobs[0]:
+            jobs.insert(0, Job(norm, lr, SEARCH_SEED, preset.short))
+    return jobs
 
 
-def searches(preset: Preset) -> list[Job]:
-    return [job for norm in NORMS if norm not in SAME_RATE for job in search(preset, norm)]
+def searches(preset: Preset, results: Results) -> list[Job]:
+    """What is wanted once the results are there: the runs of the grid, at first, then what they ask for."""
+    return [job for norm in NORMS if norm not in SAME_RATE for job in search(preset, norm, results)]
+
+
+def best_of(jobs: Sequence[Job], results: Results) -> Job | None:
+    """The one of the lowest held-out loss, once all have a result."""
+    return min(jobs, key=lambda job: final_loss(results[job])) if all(job in results for job in jobs) else None
 
 
 def best_lrs(preset: Preset, results: Results) -> dict[str, float]:
-    """The learning rate of the lowest held-out loss, of each norm whose search is complete, and of who shares it."""
-    lrs = {}
-    for norm in NORMS:
-        jobs = search(preset, norm)
-        if norm not in SAME_RATE and all(job in results for job in jobs):
-            lrs[norm] = min(jobs, key=lambda job: final_loss(results[job])).lr
+    """The best learning rate of each norm whose search is complete, and of who shares it."""
+    best = {norm: best_of(search(preset, norm, results), results) for norm in NORMS if norm not in SAME_RATE}
+    lrs = {norm: job.lr for norm, job in best.items() if job}
     return lrs | {norm: lrs[other] for norm, other in SAME_RATE.items() if other in lrs}
 
 

@@ -5,7 +5,8 @@ r"""Trains all models of the study and writes one JSON file per run.
     python benchmarks/study/figures.py --preset cpu                  the figures and tables of docs/study.md
 
 A run whose file is there is not repeated: start the same command again after an interruption, and what was unfinished
-starts anew. First every norm gets the same search over learning rates, then the rest runs at the best of each.
+starts anew. First every norm gets the same search over learning rates, further down where the lowest is the best; then the rest runs
+at the best of each.
 """
 
 from __future__ import annotations
@@ -30,7 +31,9 @@ import torch  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
 from common import environment  # noqa: E402
-from jobs import PRESETS, Job, Preset, best_lrs, experiments, read_results, result_path, searches  # noqa: E402
+from jobs import (  # noqa: E402
+    PRESETS, Job, Preset, Results, best_lrs, experiments, read_results, result_path, searches,
+)
 from measure import measure  # noqa: E402
 from pretraining.data import VOCAB, Corpus, load_corpus  # noqa: E402
 from pretraining.model import ModelConfig  # noqa: E402
@@ -115,11 +118,12 @@ def start_worker(preset: Preset, corpus: Corpus, common: dict, folder: Path, ste
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     if preset.device == "cpu":
         torch.set_num_threads(1)
-    worker = (preset, corpus, common, environment(), folder, steps)
+    worker = (preset, corpus, common, folder, steps)
 
 
 def work(job: Job) -> None:
-    preset, corpus, common, where, folder, steps = worker
+    preset, corpus, common, folder, steps = worker
+    where = environment()
 
     def count(number: int = 1) -> None:
         with steps.get_lock():
@@ -190,10 +194,11 @@ def main(argv: list[str] | None = None) -> int:
         processes, context, initializer=start_worker, initargs=(preset, corpus, common, folder, steps)
     )
     try:
-        search = searches(preset)
-        run_all("learning rates", search, pool, path_of, steps)
-        lrs = best_lrs(preset, read_results([path_of(job) for job in search]))
-        run_all("experiments", experiments(preset, lrs), pool, path_of, steps)
+        results: Results = {}
+        while len(search := searches(preset, results)) > len(results):
+            run_all("learning rates", search, pool, path_of, steps)
+            results = read_results([path_of(job) for job in search])
+        run_all("experiments", experiments(preset, best_lrs(preset, results)), pool, path_of, steps)
     except KeyboardInterrupt:
         return 130
     finally:

@@ -10,13 +10,14 @@ from typing import Any, Callable, Sequence
 
 from jobs import (
     ALPHAS, BY_DEPTH, FIRST_EXACT, GAP, NEVER, NORMS, ONE_VALUE, POINTWISE, POSITION, REFRESH, SAME_RATE, UNIT,
-    Job, Preset, Result, Results, alphas, best_lrs, bounded, changed, comparison, final_loss, search, unbounded,
+    Job, Preset, Result, Results, alphas, best_lrs, bounded, changed, comparison, final_loss, unbounded,
 )
 from pretraining.norms import KAPPA
 from pretraining.plot import STYLE
 
 LABELS = {norm: label for norm, (_, _, label) in STYLE.items()} | {
     "rmsnorm-small": "RMSNorm, gains from lam / kappa",
+    "rmsnorm-embedding": "RMSNorm, embeddings of variance 1",
     FIRST_EXACT: "BHyT, first block exact",
     UNIT: "BHyT, gains from kappa / lam",
     BY_DEPTH: "BHyT, gains from kappa / (lam sqrt(l))",
@@ -57,6 +58,20 @@ class Study:
     def unbounded(self) -> list[Result]:
         return self.of(unbounded(self.preset, self.lrs["bhyt"])) if "bhyt" in self.lrs else []
 
+    def timed(self, results: Sequence[Result]) -> bool:
+        """Whether seconds mean something: of the machine of most runs, and where not more than two processes a core
+        wanted it, on the median."""
+        cpus = [result["environment"]["cpu"] for result in self.results.values()]
+        load = median(r["environment"]["load_before"] / r["environment"]["cores"] for r in results)
+        return load <= 2 and {r["environment"]["cpu"] for r in results} == {max(cpus, key=cpus.count)}
+
+    def speed(self, results: Sequence[Result]) -> str:
+        """Median training tokens per second of the runs."""
+        if not self.timed(results):
+            return ""
+        lasts = [result["train"][-1] for result in results]
+        return f"{median(last['tokens'] / last['seconds'] for last in lasts):,.0f}"
+
 
 def finished(results: Sequence[Result]) -> list[Result]:
     return [result for result in results if not result["diverged"]]
@@ -96,19 +111,6 @@ def loss(results: Sequence[Result]) -> str:
     return ", ".join(text + ([f"{lost} of {len(results)} diverged"] if lost else []))
 
 
-def timed(results: Sequence[Result]) -> bool:
-    """Whether seconds mean something: not where more than two processes a core wanted the machine, on the median."""
-    return median(r["environment"]["load_before"] / r["environment"]["cores"] for r in results) <= 2
-
-
-def speed(results: Sequence[Result]) -> str:
-    """Median training tokens per second of the runs."""
-    if not timed(results):
-        return ""
-    lasts = [result["train"][-1] for result in results]
-    return f"{median(last['tokens'] / last['seconds'] for last in lasts):,.0f}"
-
-
 # ---- the tables
 
 
@@ -145,14 +147,15 @@ def machines(study: Study) -> list[str]:
 def by_rate(study: Study, what: str, cell: Callable[[Result], str]) -> list[str]:
     """A row for every norm, a column for every learning rate of the search; the rate that was kept is bold. The search
     of a norm that has no such rate is not complete."""
+    rates = sorted((*study.preset.below, *study.preset.lrs))
     rows = []
     for norm in NORMS:
-        jobs = [] if norm in SAME_RATE else search(study.preset, norm)
+        jobs = [] if norm in SAME_RATE else [changed(study.preset, norm, lr) for lr in rates]
         cells = ["".join(map(cell, study.of([job]))) for job in jobs]
         if any(cells):
             rows.append([LABELS[norm], *(f"**{text}**" if job.lr == study.lrs.get(norm) else text
                                          for job, text in zip(jobs, cells))])
-    return markdown([f"{what} at learning rate", *(f"{lr:g}" for lr in study.preset.lrs)], rows)
+    return markdown([f"{what} at learning rate", *(f"{lr:g}" for lr in rates)], rows)
 
 
 def search_loss(study: Study) -> list[str]:
@@ -176,7 +179,7 @@ def compared(study: Study) -> list[str]:
         largest = max((record["largest_gradient"] or math.inf) for result in results for record in result["train"])
         last = average(good, lambda m: m["variance"][-1]) if good else math.nan
         rows.append([LABELS[norm], f"{study.lrs[norm]:g}", loss(results),
-                     speed(results), number(last), number(growth), number(gradients), number(largest),
+                     study.speed(results), number(last), number(growth), number(gradients), number(largest),
                      worst_share(good, "saturated"), worst_share(good, "unforeseen")])
     return markdown(["norm", "learning rate", "held-out loss", "tokens/s", "variance, last block",
                      "variance, last block / first", "gradient, largest block / smallest", "largest gradient norm",
@@ -201,7 +204,7 @@ def smaller_alphas(study: Study) -> list[str]:
     """DyT and Derf at the lowest learning rate of the grid."""
     rows = []
     for norm in POINTWISE:
-        results = [study.of([job]) for job in (search(study.preset, norm)[0], *alphas(study.preset, norm))]
+        results = [study.of([job]) for job in (changed(study.preset, norm, study.preset.lrs[0]), *alphas(study.preset, norm))]
         if any(results[1:]):
             rows.append([LABELS[norm], *map(loss, results)])
     return markdown(["held-out loss with alpha", "1", *(f"{alpha:g}" for alpha in ALPHAS)], rows)

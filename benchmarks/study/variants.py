@@ -100,13 +100,21 @@ def started(start: Start) -> type[Block]:
 
         @staticmethod
         def make_embedding(config: ModelConfig) -> nn.Embedding:
-            if not start.unit_embedding:
-                return Block.make_embedding(config)
-            embedding = ScaledEmbedding(config.vocab, config.dim)
-            nn.init.constant_(embedding.scale, 1 / EMBEDDING_STD)
-            return embedding
+            return (unit_embedding if start.unit_embedding else Block.make_embedding)(config)
 
     return BlockBHyTStarted
+
+
+def unit_embedding(config: ModelConfig) -> nn.Embedding:
+    embedding = ScaledEmbedding(config.vocab, config.dim)
+    nn.init.constant_(embedding.scale, 1 / EMBEDDING_STD)
+    return embedding
+
+
+class BlockRMSNormEmbedding(BlockRMSNorm):
+    """RMSNorm behind embeddings of variance 1."""
+
+    make_embedding = staticmethod(unit_embedding)
 
 
 class BlockRMSNormSmall(BlockRMSNorm):
@@ -159,6 +167,7 @@ STARTS = {
     "bhyt-by-depth-first": Start(power=1, by_depth=True, exact="first"),
 }
 CLASSES = {POSITION: BlockBHyTPosition, ONE_VALUE: BlockBHyTOneValue, "rmsnorm-small": BlockRMSNormSmall,
+           "rmsnorm-embedding": BlockRMSNormEmbedding,
            **{name: started(start) for name, start in STARTS.items()},
            **{f"{name}-{alpha:g}": with_alpha(norm, alpha) for name, norm in POINTWISE.items() for alpha in ALPHAS}}
 
