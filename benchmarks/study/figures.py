@@ -53,7 +53,7 @@ def lrs(study: Study) -> Figure | None:
                 for norm in NORMS if norm not in SAME_RATE}
     if not any(searches.values()):
         return None
-    figure, ((axes,),) = panels(1, 1, 7.5, 5)
+    figure, ((axes,),) = panels(1, 1, 9, 5)
     for norm, jobs in searches.items():
         if jobs:
             draw(axes, norm, [job.lr for job in jobs], [final_loss(study.results[job]) for job in jobs])
@@ -61,7 +61,7 @@ def lrs(study: Study) -> Figure | None:
     axes.axhline(entropy, color="black", linestyle="--", label="unigram entropy")
     axes.set(xscale="log", xlabel="peak learning rate", ylabel="held-out loss, nats per byte",
              title="The search: one seed each; a gap is a divergence")
-    axes.legend(fontsize=8)
+    axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
     return figure
 
 
