@@ -211,18 +211,19 @@ struct ForwardRow {
   template <typename Load>
   void apply(int64_t d, double a, const Weight* weight, const Output<V, Y>& output, const ForwardRow& later,
              Load load) const {
-    const RowTanh<V, T> tanh(a);
-    sweep<V>(0, d, [&](int64_t j, auto span) {
-      F xs[span.count], t[span.count];
-      for (int k = 0; k < span.count; ++k) {
-        later.fetch(j, k);
-        xs[k] = load(j, span, k);
-      }
-      const bool any_large = tanh(xs, t);
-      if constexpr (std::is_same_v<Y, integer8>)
-        for (int k = 0; any_large && k < span.count; ++k) t[k] = V::zero_if_nan(t[k]);
-      for (int k = 0; k < span.count; ++k)
-        span.template store_untied<V>(y + j, k, output(t[k], span.template load<V>(weight + j, k)));
+    with_tanh_of<V, T>(a, [&](const auto& tanh) {
+      sweep<V>(0, d, [&](int64_t j, auto span) {
+        F xs[span.count], t[span.count];
+        for (int k = 0; k < span.count; ++k) {
+          later.fetch(j, k);
+          xs[k] = load(j, span, k);
+        }
+        const bool any_large = tanh(xs, t);
+        if constexpr (std::is_same_v<Y, integer8>)
+          for (int k = 0; any_large && k < span.count; ++k) t[k] = V::zero_if_nan(t[k]);
+        for (int k = 0; k < span.count; ++k)
+          span.template store_untied<V>(y + j, k, output(t[k], span.template load<V>(weight + j, k)));
+      });
     });
   }
 };
@@ -303,22 +304,23 @@ struct BackwardRow {
   // Hands g to take(j, span, k, g), adds to grad_weight, returns S.
   template <typename Take>
   double gains(int64_t d, double a, const Sums* weight, Sums* grad_weight, Take take) const {
-    const RowTanh<V, Summed<R>> tanh(a);
-    RowSum<V, V::at_once_backward> S;
-    S.over(d, [&](int64_t j, auto span) {
-      F xs[span.count], t[span.count], slope[span.count];
-      for (int k = 0; k < span.count; ++k) xs[k] = span.template load<V>(x + j, k);
-      tanh(xs, t, slope);
-      for (int k = 0; k < span.count; ++k) {
-        const F upstream = span.template load<V>(grad_y + j, k);
-        const F g = V::mul(V::mul(upstream, slope[k]), span.template load<V>(weight + j, k));
-        S.add(k, g, xs[k]);
-        const F so_far = span.template load<V>(grad_weight + j, k);
-        span.template store<V>(grad_weight + j, k, V::fma(upstream, t[k], so_far));
-        take(j, span, k, g);
-      }
+    return with_tanh_of<V, Summed<R>>(a, [&](const auto& tanh) {
+      RowSum<V, V::at_once_backward> S;
+      S.over(d, [&](int64_t j, auto span) {
+        F xs[span.count], t[span.count], slope[span.count];
+        for (int k = 0; k < span.count; ++k) xs[k] = span.template load<V>(x + j, k);
+        tanh(xs, t, slope);
+        for (int k = 0; k < span.count; ++k) {
+          const F upstream = span.template load<V>(grad_y + j, k);
+          const F g = V::mul(V::mul(upstream, slope[k]), span.template load<V>(weight + j, k));
+          S.add(k, g, xs[k]);
+          const F so_far = span.template load<V>(grad_weight + j, k);
+          span.template store<V>(grad_weight + j, k, V::fma(upstream, t[k], so_far));
+          take(j, span, k, g);
+        }
+      });
+      return S.total;
     });
-    return S.total;
   }
 
   template <typename Span>

@@ -117,26 +117,32 @@ inline bool any_from(const typename V::F (&squares)[K], typename V::F limit) {
 
 // tanh of the elements x of one row times its a, which stands in the coefficients: t = x (a + x^2 Q(x^2)), where
 // Q(u) = a^3 P(a^2 u), is a product less than z = a x first. x (..), not a x + .., which would lose the sign of -0.
-template <typename V, typename T>
+// Where the powers of a leave float's normal numbers (`takes`), x is scaled first: folds is false.
+template <typename V, typename T, bool folds = true>
 class RowTanh {
   using F = typename V::F;
   static constexpr auto& c = TanhOf<T>::small;
   static constexpr int n = sizeof(c) / sizeof(c[0]);
 
  public:
-  explicit RowTanh(double a) : a_(V::set1(a)) {
+  static bool takes(double a) {
+    double last = std::fabs(a);
+    for (int i = 0; i < n; ++i) last *= a * a;
+    return last > 0x1p-110 && last < 0x1p110;
+  }
+
+  explicit RowTanh(double of) : scale_(V::set1(of)) {
+    const double a = folds ? of : 1;
+    a_ = V::set1(a), limit_ = V::set1(1 / (a * a));
     double power = a * a * a;
     for (int i = 0; i < n; ++i, power *= a * a) q_[i] = V::set1(c[i] * power);
-    const double last = std::fabs(power);
-    const bool normal = last > 0x1p-110 && last < 0x1p110;  // all coefficients; else no x counts as small
-    limit_ = V::set1(normal ? 1 / (a * a) : std::numeric_limits<double>::quiet_NaN());
   }
 
   // t[k] = tanh(a x[k]). False if all of them are small; a NaN is not.
   template <int K>
-  [[gnu::always_inline]] bool operator()(const F (&x)[K], F (&t)[K]) const {
-    F squared[K];
-    for (int k = 0; k < K; ++k) squared[k] = V::mul(x[k], x[k]);
+  [[gnu::always_inline]] bool operator()(const F (&given)[K], F (&t)[K]) const {
+    F x[K], squared[K];
+    for (int k = 0; k < K; ++k) x[k] = argument(given[k]), squared[k] = V::mul(x[k], x[k]);
     if (any_from<V>(squared, limit_)) [[unlikely]] {
       F z[K], any_t[K];  // copies: only these have addresses
       for (int k = 0; k < K; ++k) z[k] = V::mul(a_, x[k]);
@@ -150,9 +156,9 @@ class RowTanh {
 
   // And slope[k] = 1 - t[k]^2.
   template <int K>
-  [[gnu::always_inline]] void operator()(const F (&x)[K], F (&t)[K], F (&slope)[K]) const {
-    F squared[K];
-    for (int k = 0; k < K; ++k) squared[k] = V::mul(x[k], x[k]);
+  [[gnu::always_inline]] void operator()(const F (&given)[K], F (&t)[K], F (&slope)[K]) const {
+    F x[K], squared[K];
+    for (int k = 0; k < K; ++k) x[k] = argument(given[k]), squared[k] = V::mul(x[k], x[k]);
     if (any_from<V>(squared, limit_)) [[unlikely]] {
       F z[K], any_t[K], any_slope[K];
       for (int k = 0; k < K; ++k) z[k] = V::mul(a_, x[k]);
@@ -167,6 +173,13 @@ class RowTanh {
   }
 
  private:
+  [[gnu::always_inline]] F argument(F x) const {
+    if constexpr (folds)
+      return x;
+    else
+      return V::mul(scale_, x);
+  }
+
   [[gnu::always_inline]] F below_1(F x, F squared) const {
     F p = q_[n - 1];
     for (int i = n - 1; i-- > 0;) p = V::fma(p, squared, q_[i]);
@@ -205,12 +218,12 @@ class RowTanh {
     }
   }
 
-  F a_, limit_, q_[n];
+  F scale_, a_, limit_, q_[n];
 };
 
 // By libm.
 template <typename V>
-class RowTanh<V, double> {
+class RowTanh<V, double, true> {
   using F = typename V::F;
 
  public:
@@ -237,3 +250,14 @@ class RowTanh<V, double> {
  private:
   F a_;
 };
+
+// f(tanh) with the one that suits a row's a.
+template <typename V, typename T, typename Body>
+inline auto with_tanh_of(double a, Body f) {
+  if constexpr (std::is_same_v<T, double>) {
+    return f(RowTanh<V, T>(a));
+  } else {
+    if (RowTanh<V, T>::takes(a)) return f(RowTanh<V, T>(a));
+    return f(RowTanh<V, T, false>(a));
+  }
+}
