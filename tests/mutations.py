@@ -124,7 +124,7 @@ CUDA = (
            "column = columns[k][j];", BACKWARD),
 )
 
-AVX2, AVX512, BINDING = ("kernels_avx2",), ("kernels_avx512", "kernels_avx512_bf16"), ("bhyt_cpu",)
+AVX2, AVX512, BINDING = ("kernels_avx2",), ("kernels_avx512",), ("bhyt_cpu",)
 CPU_FORWARD = (
     Mutant("rows-inl.h", "if (i < end) body(i, Part{static_cast<int>(end - i)});",
            "if (i + 1 < end) body(i, Part{static_cast<int>(end - i)});", AVX2),

@@ -17,7 +17,7 @@ import bhyt
 FUNCTION = re.compile(r"^[0-9a-f]+ <(?P<name>.*)>:$")
 INSTRUCTION = re.compile(r"^\s+[0-9a-f]+:\s+(?P<mnemonic>v[a-z0-9]+|[a-z0-9]+)\b(?P<operands>.*)$")
 # The second form: names that c++filt leaves mangled, lambdas of lambdas in an unoptimised build.
-GUARDED = re.compile(r"\b(avx2|avx512|avx512_bf16)::|^_ZN4bhyt3cpu\d+avx(2|512|512_bf16)12_GLOBAL__N_1")
+GUARDED = re.compile(r"\b(avx2|avx512)::|^_ZN4bhyt3cpu\d+avx(2|512)12_GLOBAL__N_1")
 
 
 def above_baseline(mnemonic: str, operands: str) -> bool:

@@ -17,7 +17,6 @@ std::vector<const Kernels*> runnable_kernels() {
       !__builtin_cpu_supports("avx512dq") || !__builtin_cpu_supports("avx512vl"))
     return tables;
   tables.push_back(&avx512::kernels);
-  if (__builtin_cpu_supports("avx512bf16")) tables.push_back(&avx512_bf16::kernels);
 #elif defined(__aarch64__)
   tables.push_back(&neon::kernels);
 #endif
@@ -36,7 +35,7 @@ const Kernels& kernels_for([[maybe_unused]] const char* capability) {
 #endif
   const Kernels* best = &baseline::kernels;
   for (const Kernels* table : runnable_kernels())
-    if (std::strncmp(table->name, tier, std::strlen(tier)) == 0) best = table;
+    if (std::strcmp(table->name, tier) == 0) best = table;
   return *best;
 }
 

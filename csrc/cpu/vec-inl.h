@@ -12,6 +12,7 @@
 //   min_of, max_of(limit, x)      NaN if x is NaN
 //   zero_if_nan(x)        x elsewhere
 //   not_below(x, limit)   lanes with !(x < limit), NaN included, as a Mask
+//   any_from(squares, limit)      whether there are such lanes in several registers of squares
 //   sum(x)                of the lanes, in a fixed order
 //   last_place_1          added to a small number it rounds it to an integer, which is then the sum's lowest bits
 // Storage of one byte is only written: integer8 takes the lowest bits, float8 any number.
@@ -46,9 +47,14 @@ struct Wide {
   }
   static Mask sign_bit() { return Mask{INT64_MIN, INT64_MIN, INT64_MIN, INT64_MIN}; }
   static Mask not_below(F x, F limit) { return ~(x < limit); }
-  static Mask either(Mask a, Mask b) { return a | b; }
   static bool any(Mask m) { return (m[0] | m[1] | m[2] | m[3]) != 0; }
   static F select(Mask m, F yes, F no) { return m ? yes : no; }
+  template <int K>
+  static bool any_from(const F (&squares)[K], F limit) {
+    Mask found = not_below(squares[0], limit);
+    for (int k = 1; k < K; ++k) found |= not_below(squares[k], limit);
+    return any(found);
+  }
   static double sum(F x) { return (x[0] + x[1]) + (x[2] + x[3]); }
 
   static F reciprocal_14bit(F x) { return 1.0 / x; }

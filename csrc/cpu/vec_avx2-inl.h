@@ -21,7 +21,6 @@ struct Float {
     return _mm256_or_ps(_mm256_andnot_ps(sign_bit(), magnitude), _mm256_and_ps(sign_bit(), sign));
   }
   static Mask not_below(F x, F limit) { return _mm256_cmp_ps(x, limit, _CMP_NLT_UQ); }
-  static Mask either(Mask a, Mask b) { return _mm256_or_ps(a, b); }
   static bool any(Mask m) { return _mm256_movemask_ps(m) != 0; }
   static F select(Mask m, F yes, F no) { return _mm256_blendv_ps(no, yes, m); }
   // Of squares, which order as their bits do, NaN above all.

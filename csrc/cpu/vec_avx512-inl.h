@@ -22,9 +22,15 @@ struct Float {
                                                          _mm512_castps_si512(magnitude), 0xca));
   }
   static Mask not_below(F x, F limit) { return _mm512_cmp_ps_mask(x, limit, _CMP_NLT_UQ); }
-  static Mask either(Mask a, Mask b) { return static_cast<Mask>(a | b); }
   static bool any(Mask m) { return m != 0; }
   static F select(Mask m, F yes, F no) { return _mm512_mask_blend_ps(m, no, yes); }
+  // Of squares, which order as their bits do, NaN above all.
+  template <int K>
+  static bool any_from(const F (&squares)[K], F limit) {
+    __m512i largest = _mm512_castps_si512(squares[0]);
+    for (int k = 1; k < K; ++k) largest = _mm512_max_epu32(largest, _mm512_castps_si512(squares[k]));
+    return any(not_below(_mm512_castsi512_ps(largest), limit));
+  }
   static double sum(F x) { return _mm512_reduce_add_ps(x); }
 
   // 1 / x to 2^-14, and by one Newton step to 1 ulp.
@@ -48,17 +54,12 @@ struct Float {
   }
   static F from_bits(__m256i bits, const f16*) { return _mm512_cvtph_ps(bits); }
   static __m256i to_bits(F x, const bf16*) {
-#if defined(BHYT_AVX512_BF16)
-    // Two instructions for ten, but they flush subnormals to zero: those take the long way.
-    if (__builtin_expect(_mm512_fpclass_ps_mask(x, 0x20) == 0, 1))
-      return (__m256i)_mm512_cvtneps_pbh(x);  // a cast of vectors: no value changes
-#endif
     const __m512i bits = _mm512_castps_si512(x);
     const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
-    __m512i rounded = _mm512_add_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x7fff)), odd);
-    rounded = _mm512_srli_epi32(rounded, 16);
-    rounded = _mm512_mask_mov_epi32(rounded, _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q), _mm512_set1_epi32(0x7fc0));
-    return _mm512_cvtepi32_epi16(rounded);
+    const __m512i half = _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff));
+    // A NaN that arithmetic made is one without its lower half too, and would lose its exponent to a carry.
+    const __mmask16 ordered = _mm512_cmp_ps_mask(x, x, _CMP_ORD_Q);
+    return _mm512_cvtepi32_epi16(_mm512_srli_epi32(_mm512_mask_add_epi32(bits, ordered, bits, half), 16));
   }
   static __m256i to_bits(F x, const f16*) {
     return _mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
@@ -105,4 +106,41 @@ struct Float {
   }
 };
 
-using Bfloat = Float;
+#include "vec_pair-inl.h"
+
+struct Bfloat : Pair<Bfloat, Float> {
+  using Pair::load, Pair::store;
+  static F load(const bf16* p) {
+    const __m512i bits = _mm512_loadu_si512(p);
+    return {_mm512_castsi512_ps(_mm512_slli_epi32(bits, 16)), _mm512_castsi512_ps(_mm512_and_si512(bits, upper()))};
+  }
+  static void store(bf16* p, F x) { store_upper(p, rounded(x.even), rounded(x.odd)); }
+  static void store_untied(bf16* p, F x) {
+    const __m512i half = _mm512_set1_epi32(0x7fff);
+    store_upper(p, _mm512_add_epi32(_mm512_castps_si512(x.even), half),
+                _mm512_add_epi32(_mm512_castps_si512(x.odd), half));
+  }
+
+  static F in_order(F x) {
+    const __m512i low = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+    const __m512i high = _mm512_add_epi32(low, _mm512_set1_epi32(8));
+    return {_mm512_permutex2var_ps(x.even, low, x.odd), _mm512_permutex2var_ps(x.even, high, x.odd)};
+  }
+  static F from_order(F x) {
+    const __m512i even = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
+    const __m512i odd = _mm512_add_epi32(even, _mm512_set1_epi32(1));
+    return {_mm512_permutex2var_ps(x.even, even, x.odd), _mm512_permutex2var_ps(x.even, odd, x.odd)};
+  }
+
+ private:
+  static __m512i upper() { return _mm512_set1_epi32(static_cast<int>(0xffff0000)); }
+  static __m512i rounded(__m512 x) {
+    const __m512i bits = _mm512_castps_si512(x);
+    const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+    return _mm512_add_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x7fff)), odd);
+  }
+  // 0xca: where `upper` is set the odd element's half, else the even one's.
+  static void store_upper(bf16* p, __m512i even, __m512i odd) {
+    _mm512_storeu_si512(p, _mm512_ternarylogic_epi32(upper(), odd, _mm512_srli_epi32(even, 16), 0xca));
+  }
+};
