@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # The AVX-512 rows on a CPU without AVX-512: Bochs emulates a PC with one, on which Linux starts the programs that neon.sh
 # runs under qemu, whose emulation ends at AVX2. Needs g++ and Debian's bochs, bochs-term, isolinux, xorriso and cpio, and
-# LINUX, a kernel for PCs (of a linux-image package). A second in there takes one to three minutes.
+# LINUX, a kernel for PCs (of a linux-image package), and root for a device file. A second in there takes one to three minutes.
 #
 #   LINUX=vmlinuz tests/avx512.sh [SECONDS [STRIDE]]     2 s, as Linux counts them, and every 1,000,003rd float
 #
@@ -11,7 +11,7 @@ cd "$(dirname "$0")/.."
 out=${OUT:-$PWD/build/avx512}
 linux=$(realpath "${LINUX:?the path of a kernel for PCs}")
 syslinux=/usr/lib/syslinux/modules/bios isolinux=/usr/lib/ISOLINUX/isolinux.bin
-rm -rf "$out"
+rm -rf "$out"/{root,cd,console}
 mkdir -p "$out"/root/dev "$out"/cd/isolinux
 
 objects=()
@@ -80,6 +80,6 @@ log: $out/log
 panic: action=fatal
 END
 echo c > "$out/commands"  # Debian's is built with the debugger: go on
-TERM=xterm script -qec "bochs -q -f $out/bochsrc -rc $out/commands" /dev/null > "$out/screen" < /dev/null || true
+TERM=xterm timeout 1h script -qec "bochs -q -f $out/bochsrc -rc $out/commands" /dev/null > "$out/screen" < /dev/null || true
 grep -aE '^(avx512|[0-9]+ calls|all good|failed)' "$out/console"
 grep -aq '^all good' "$out/console"
