@@ -70,8 +70,8 @@ def cuda_targets(home):
 # is linked. -ffp-contract=off: the same arithmetic from every compiler.
 # -std: torch before 2.10 would ask for an older one.
 CXX_FLAGS = ["-std=c++20", "-O3", "-g0", "-fopenmp", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math",
-             "-fvisibility=hidden", "-Wall", "-Wno-unknown-pragmas", "-Wno-psabi", "-Wno-maybe-uninitialized",
-             *os.environ.get("BHYT_CXXFLAGS", "").split()]
+             "-fvisibility=hidden", "-Wall", "-Wno-unknown-pragmas", "-Wno-psabi", "-Wno-uninitialized",
+             "-Wno-maybe-uninitialized", *os.environ.get("BHYT_CXXFLAGS", "").split()]
 
 # --threads: the architectures of one file beside each other, 0.25 GB each; two files take most of the time of a build.
 NVCC_FLAGS = ["-O3", "-std=c++17", "-Xptxas=-v", "-Xfatbin=-compress-all", "--threads=4"]

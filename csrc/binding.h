@@ -2,7 +2,8 @@
 // A device file adds only what is its own: threads on the CPU, guard and stream on CUDA.
 #pragma once
 
-#include <ATen/ATen.h>
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
 
 #include <array>
 #include <optional>

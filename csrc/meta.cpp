@@ -1,5 +1,6 @@
 // Shapes and dtypes without data, for symbolic sizes too. Checks are those of every other device.
-#include <ATen/ATen.h>
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
 #include <torch/library.h>
 
 #include <array>

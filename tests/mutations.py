@@ -5,8 +5,9 @@
 Each mutant is a copy of the sources with one replacement. CUDA: the programs of tests/cpp are built against it and run.
 CPU: the translation units of one instruction set are compiled anew, linked with the objects of an ordinary build (kept
 in build/mutations) and put under the op-level tests, then with cpp/fuzz_rows.cpp, which alone reaches instruction sets
-that this CPU surpasses; the kernels as they are go first and must pass. A mutant is caught when a test fails, or the
-build; a CUDA one also when it does not end. CUDA: some minutes on two cores; CPU: an hour.
+that this CPU surpasses; the kernels as they are go first and must pass. Those of an instruction set that this CPU lacks
+are not run, and said so. A mutant is caught when a test fails, or the build; a CUDA one also when it does not end. CUDA:
+some minutes on two cores; CPU: an hour.
 """
 
 import os
@@ -323,9 +324,20 @@ def copied(folder: Path, build: Path) -> None:
     shutil.copy(build / "bhyt" / "_built_for.py", folder / "bhyt")
 
 
+def of_this_cpu(mutants: tuple[Mutant, ...]) -> tuple[Mutant, ...]:
+    from torch.backends.cpu import get_cpu_capability
+
+    if get_cpu_capability() == "AVX512":
+        return mutants
+    within = tuple(mutant for mutant in mutants if mutant.targets != AVX512)
+    print(f"not run: {len(mutants) - len(within)} of AVX-512, which this CPU has not", flush=True)
+    return within
+
+
 def cpu_survivors(mutants: tuple[Mutant, ...]) -> int:
     build, survivors = cpu_objects(), 0
-    as_they_are = tuple(Mutant("rows-inl.h", "", "", units) for units in (AVX2, AVX512))
+    listed = {mutant.targets for mutant in mutants}
+    as_they_are = tuple(Mutant("rows-inl.h", "", "", units) for units in (AVX2, AVX512) if units in listed)
     for mutant in as_they_are + mutants:
         with tempfile.TemporaryDirectory() as name:
             folder, started = Path(name), time.monotonic()
@@ -364,6 +376,7 @@ def main(devices: list[str]) -> int:
     survivors = mutants = 0
     for device, listed, survive in (("cuda", CUDA, cuda_survivors), ("cpu", CPU, cpu_survivors)):
         if device in devices or not devices:
+            listed = of_this_cpu(listed) if device == "cpu" else listed
             survivors, mutants = survivors + survive(listed), mutants + len(listed)
     print(f"{mutants - survivors} of {mutants} caught")
     return survivors > 0

@@ -7,11 +7,15 @@ constexpr bool kBfloatInOrder = std::is_same_v<Own<Bfloat, float>, float>;
 constexpr int64_t kBfloatBlock = kBfloatInOrder ? 1 : Bfloat::N;
 static_assert(kColumnBlock % kBfloatBlock == 0);
 
-// A float64 stream is worked in double lanes.
+// A float64 stream spends nearly all of its time in libm: one code for it, whatever the instruction set.
+constexpr bool kBaseline = std::is_same_v<Float, Wide>;
+
 void forward(const ForwardParams& p, const void* weight, int64_t begin, int64_t end) {
+  if (p.stream == DType::f64 && !kBaseline) return baseline::kernels.forward(p, weight, begin, end);
   with_type(p.branch, [&](auto* branch) {
     using X = std::remove_const_t<std::remove_pointer_t<decltype(branch)>>;
-    if (p.stream == DType::f64) return forward_rows<Wide, X, double, double>(p, weight, begin, end);
+    if constexpr (kBaseline)
+      if (p.stream == DType::f64) return forward_rows<Wide, X, double, double>(p, weight, begin, end);
     if constexpr (!std::is_same_v<X, double>) {
       if (p.stream == p.branch) return forward_rows<LanesOf<X>, X, X, float>(p, weight, begin, end);
       return forward_rows<Float, X, float, float>(p, weight, begin, end);
@@ -20,9 +24,11 @@ void forward(const ForwardParams& p, const void* weight, int64_t begin, int64_t 
 }
 
 void backward(const BackwardParams& p, const void* weight, const Partials& partials, int64_t begin, int64_t end) {
+  if (p.stream == DType::f64 && !kBaseline) return baseline::kernels.backward(p, weight, partials, begin, end);
   with_type(p.branch, [&](auto* branch) {
     using X = std::remove_const_t<std::remove_pointer_t<decltype(branch)>>;
-    if (p.stream == DType::f64) return backward_chunks<Wide, X, double, double>(p, weight, partials, begin, end);
+    if constexpr (kBaseline)
+      if (p.stream == DType::f64) return backward_chunks<Wide, X, double, double>(p, weight, partials, begin, end);
     if constexpr (!std::is_same_v<X, double>) {
       if (p.stream == p.branch) return backward_chunks<LanesOf<X>, X, X, float>(p, weight, partials, begin, end);
       return backward_chunks<Float, X, float, float>(p, weight, partials, begin, end);

@@ -237,13 +237,14 @@ class RowTanh<V, double, true> {
   F a_;
 };
 
-// f(tanh) with the one that suits a row's a.
+// f(tanh) with the one that suits a row's a; double lanes convert for longer than a product more takes.
 template <typename V, typename T, typename Body>
 inline auto with_tanh_of(double a, Body f) {
   if constexpr (std::is_same_v<T, double>) {
     return f(RowTanh<V, T>(a));
   } else {
-    if (RowTanh<V, T>::takes(a)) return f(RowTanh<V, T>(a));
+    if constexpr (!std::is_same_v<V, Wide>)
+      if (RowTanh<V, T>::takes(a)) return f(RowTanh<V, T>(a));
     return f(RowTanh<V, T, false>(a));
   }
 }

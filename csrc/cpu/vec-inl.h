@@ -2,7 +2,7 @@
 //
 //   Float    float lanes for f32, bf16 and f16 rows (sets with such lanes: BHYT_AVX512, BHYT_AVX2, BHYT_NEON)
 //   Bfloat   lanes for rows of bf16 alone, where a type of their own pays; else Float
-//   Wide     double lanes for f64 rows, in every set; in the baseline for all rows
+//   Wide     double lanes: for all rows of the baseline, which has those of f64 for every set; elsewhere for f64 gains
 //
 // Each is a set of static functions over a register type F:
 //   at_once, at_once_backward     registers that a loop takes in one turn; as many as the set has room for
