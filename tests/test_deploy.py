@@ -65,42 +65,37 @@ def fresh_process(code: str, *arguments: object) -> None:
 # ---- TorchScript
 
 
-@pytest.mark.parametrize("how", ("script", "trace", "freeze"))
-def test_torchscript_in_a_fresh_process(how: str, tmp_path: Path) -> None:
-    """Scripted, traced and frozen: saved here, the same bits where `bhyt` was never imported. USERS row 23."""
-    model, ids = decoder(), tokens()
-    with torch.no_grad():
-        expected = model(ids)
-    if how == "trace":
-        scripted = torch.jit.trace(model, (ids,))
-    else:
-        scripted = torch.jit.script(model)
-    if how == "freeze":
-        scripted = torch.jit.freeze(scripted.eval())
-    torch.jit.save(scripted, str(tmp_path / "model.pt"))
+def test_torchscript_in_a_fresh_process(tmp_path: Path) -> None:
+    """Scripted, traced and frozen: saved here, the same bits where `bhyt` was never imported. Gradients of the script are
+    those of eager: autograd lives in the library. USERS row 23."""
+    ids = tokens()
+    expected = one_step(decoder(), ids)
+    scripts = {
+        "script": torch.jit.script(decoder()),
+        "trace": torch.jit.trace(decoder(), (ids[:, :-1],)),
+        "freeze": torch.jit.freeze(torch.jit.script(decoder()).eval()),
+    }
+    for how, script in scripts.items():
+        torch.jit.save(script, str(tmp_path / f"{how}.pt"))
     torch.save(ids, tmp_path / "ids.pt")
     fresh_process(
-        "assert 'bhyt' not in sys.modules\n"
-        "with torch.no_grad(): y = torch.jit.load(a[0])(torch.load(a[1]))\n"
-        "torch.save(y, a[2])",
-        *(tmp_path / name for name in ("model.pt", "ids.pt", "y.pt")),
+        "import os; os.chdir(a[0]); assert 'bhyt' not in sys.modules\n"
+        "ids, results = torch.load('ids.pt'), {}\n"
+        "for how in a[1:]:\n"
+        "    m = torch.jit.load(f'{how}.pt')\n"
+        "    results[how] = logits = m(ids[:, :-1])\n"
+        "    if how == 'script':\n"
+        "        torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten()).backward()\n"
+        "        results['grads'] = {n: p.grad for n, p in m.named_parameters()}\n"
+        "torch.save(results, 'results.pt')",
+        tmp_path,
+        *scripts,
     )
-    assert same_bits(torch.load(tmp_path / "y.pt"), expected)
-
-
-def test_script_trains_in_a_fresh_process(tmp_path: Path) -> None:
-    """Gradients of a loaded script are those of eager: autograd lives in the library. USERS row 23."""
-    torch.jit.save(torch.jit.script(decoder()), str(tmp_path / "model.pt"))
-    torch.save(tokens(), tmp_path / "ids.pt")
-    fresh_process(
-        "m, ids = torch.jit.load(a[0]), torch.load(a[1])\n"
-        "logits = m(ids[:, :-1])\n"
-        "torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten()).backward()\n"
-        "torch.save({n: p.grad for n, p in m.named_parameters()}, a[2])",
-        *(tmp_path / name for name in ("model.pt", "ids.pt", "grads.pt")),
-    )
-    expected = one_step(decoder(), tokens())
-    for name, grad in torch.load(tmp_path / "grads.pt").items():
+    results = torch.load(tmp_path / "results.pt")
+    for how in scripts:
+        assert same_bits(results[how].detach(), expected["logits"]), how
+    assert results["grads"].keys() == dict(decoder().named_parameters()).keys()
+    for name, grad in results["grads"].items():
         assert same_bits(grad, expected[f"grad.{name}"]), name
 
 
@@ -159,51 +154,12 @@ def test_cpp_trains_a_scripted_model(programs: Path, tmp_path: Path) -> None:
         assert same_bits(t, expected[name]), name
 
 
-# ---- AOTInductor
-
-
-@pytest.fixture(scope="session")
-def package(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The decoder as an AOTInductor package, its length dynamic."""
-    length = torch.export.Dim("length", min=2, max=CONFIG.seq_len)
-    program = torch.export.export(decoder().eval(), (tokens(),), dynamic_shapes=({1: length},))
-    path = tmp_path_factory.mktemp("aoti") / "model.pt2"
-    torch._inductor.aoti_compile_and_package(program, package_path=str(path))
-    return path
-
-
-def assert_package_results(actual: Tensor, ids: Tensor) -> None:
-    """Inductor fuses what is around the ops: 1e-5, a few float32 roundings per layer."""
-    with torch.no_grad():
-        expected = decoder()(ids)
-    assert (actual - expected).norm() <= 1e-5 * expected.norm()
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("length", (17, 5))
-def test_aoti_package_in_a_fresh_process(length: int, package: Path, tmp_path: Path) -> None:
-    """A package runs where only the op library is loaded, at other lengths too. USERS row 23."""
-    torch.save(tokens(length), tmp_path / "ids.pt")
-    fresh_process(
-        "m = torch._inductor.aoti_load_package(a[0])\n"
-        "with torch.no_grad(): torch.save(m(torch.load(a[1])), a[2])",
-        package,
-        tmp_path / "ids.pt",
-        tmp_path / "y.pt",
-    )
-    assert_package_results(torch.load(tmp_path / "y.pt"), tokens(length))
-
-
-@pytest.mark.slow
-def test_aoti_package_in_cpp(programs: Path, package: Path, tmp_path: Path) -> None:
-    """The same package from C++. USERS row 23."""
-    torch.save([tokens()], tmp_path / "inputs.pt")
-    run_program(programs / "run_package", package, tmp_path / "inputs.pt", tmp_path / "outputs.pt")
-    (actual,) = from_cpp(tmp_path / "outputs.pt")
-    assert_package_results(actual, tokens())
-
-
 # ---- ONNX
+
+
+def assert_same_results(actual: Tensor, expected: Tensor) -> None:
+    """Compilers fuse what is around the ops: 1e-5, a few float32 roundings per layer."""
+    assert actual.shape == expected.shape and (actual - expected).norm() <= 1e-5 * expected.norm()
 
 
 @pytest.mark.slow
@@ -218,7 +174,8 @@ def test_onnx(tmp_path: Path) -> None:
     session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
     for n in (17, 5):
         (actual,) = session.run(None, {session.get_inputs()[0].name: tokens(n).numpy()})
-        assert_package_results(torch.from_numpy(actual), tokens(n))
+        with torch.no_grad():
+            assert_same_results(torch.from_numpy(actual), decoder()(tokens(n)))
 
 
 # ---- selective checkpointing and the compile switch stand in test_compile.py
@@ -236,16 +193,43 @@ def test_export_keeps_the_ops() -> None:
     torch.export.save(program, stream)
     plain = program.run_decompositions(bhyt.decompositions())
     assert not ours(plain)
-    assert_package_results(plain.module()(tokens()).detach(), tokens())
+    with torch.no_grad():
+        assert_same_results(plain.module()(tokens()), decoder()(tokens()))
 
 
-# ---- docs/deploy.md
+# ---- docs/deploy.md, and AOTInductor by its package
 
 
-@pytest.mark.slow
-def test_deploy_page(programs: Path) -> None:
-    """Every route of the page, where its C++ build stands; a block with a file name is written. USERS rows 22, 23."""
+@pytest.fixture(scope="session")
+def page(programs: Path) -> Path:
+    """The folder where the C++ programs were built, in which every block of the page then ran."""
     pytest.importorskip("onnxscript")
     pytest.importorskip("onnxruntime")
     assert len(blocks("docs/deploy.md")) >= 10, "the page has lost its blocks"
     run_page("docs/deploy.md", programs.parent)
+    return programs.parent
+
+
+@pytest.mark.slow
+def test_deploy_page(page: Path) -> None:
+    """Every route of the page works; what its C++ program wrote is what the exported model gives. USERS rows 22, 23."""
+    with torch.no_grad():
+        expected = torch.export.load(page / "net-exported.pt2").module()(*torch.load(page / "inputs.pt"))
+    (actual,) = from_cpp(page / "outputs.pt")
+    assert_same_results(actual, expected)
+
+
+@pytest.mark.slow
+def test_aoti_package_in_a_fresh_process(page: Path, tmp_path: Path) -> None:
+    """The page's package runs where only the op library is loaded, at other lengths too. USERS row 23."""
+    inputs = [torch.randn(length, 64) for length in (17, 5)]
+    torch.save(inputs, tmp_path / "inputs.pt")
+    fresh_process(
+        "m = torch._inductor.aoti_load_package(a[0])\n"
+        "with torch.no_grad(): torch.save([m(x) for x in torch.load(a[1])], a[2])",
+        *(page / "net-compiled.pt2", tmp_path / "inputs.pt", tmp_path / "outputs.pt"),
+    )
+    model = torch.export.load(page / "net-exported.pt2").module()
+    with torch.no_grad():
+        for actual, x in zip(torch.load(tmp_path / "outputs.pt"), inputs, strict=True):
+            assert_same_results(actual, model(x))
