@@ -64,6 +64,7 @@ def test_cpu_result(cpu_result):
 
 
 @pytest.mark.slow
+@pytest.mark.release
 def test_cpu_compiled_peers(tmp_path):
     path = tmp_path / "cpu.json"
     options = [
@@ -93,6 +94,8 @@ def test_overhead(tmp_path):
     assert len(result["goals"]) == 9 and all(goal["measured"] > 0 for goal in result["goals"])
 
 
+@pytest.mark.slow
+@pytest.mark.release
 def test_loading(tmp_path):
     """Both models loaded in every way; every figure there, the shards several files, the goal from the worst ratio."""
     pytest.importorskip("transformers")

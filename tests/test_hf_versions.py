@@ -11,6 +11,7 @@ TESTS = Path(__file__).parent
 
 
 @pytest.mark.slow
+@pytest.mark.release
 def test_oldest_transformers(tmp_path: Path) -> None:
     """test_hf.py, test_hf_loading.py and test_hf_training.py pass with transformers 4.51, whose layers return tuples: a
     few packages go in front of the installed ones."""

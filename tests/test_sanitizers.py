@@ -22,6 +22,7 @@ def has_address_sanitizer() -> bool:
 
 
 @pytest.mark.slow
+@pytest.mark.release
 @pytest.mark.skipif(not has_address_sanitizer(), reason="no g++ with AddressSanitizer")
 def test_random_calls_of_every_instruction_set(tmp_path: Path) -> None:
     """Random calls to the rows of each instruction set: within bounds of float64, in the buffers' bounds, no leak. And
