@@ -29,10 +29,13 @@ HOW = ("import", "trust")
 ABOUT_KEYS = re.compile("keys?\\b|[Ww]eights|MISSING|UNEXPECTED|initialized|model of type")
 
 
-def variants(family: str, kind: str) -> Tuple[str, str]:
-    """Two for every family and kind, so that each variant meets each family and each kind."""
+def variants(family: str, kind: str) -> Tuple[str, ...]:
+    """Three for every family and kind, so that each variant meets each family and each kind. A pipeline has no options."""
+    if kind == "pipeline":
+        return "plain", "sharded", "tied"
     others = list(VARIANTS)[1:]
-    return "plain", others[(FAMILIES.index(family) + KINDS.index(kind)) % len(others)]
+    first = FAMILIES.index(family) + KINDS.index(kind)
+    return "plain", others[first % 4], others[(first + 2) % 4]
 
 
 OPTIONS = dict(exact_layers=1, last_layer_lam=1.5)  # both kinds of second site, an exact site at the end
