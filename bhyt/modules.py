@@ -9,8 +9,7 @@ A site is run by calling the module, so that hooks, wrappers and offloading see 
 arguments; the methods `forward_..` are the same calls with one return type each, for TorchScript and type checkers.
 """
 
-import math
-from typing import Any, Callable, Dict, List, Mapping, Optional, Sequence, Tuple, Union
+from typing import Any, Callable, Dict, Mapping, Optional, Sequence, Tuple, Union
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +17,7 @@ from torch import Tensor, nn
 from bhyt import functional as F
 from bhyt import reference
 from bhyt.gain import whole
+from bhyt.offset import VarianceOffset
 
 _scripting: Callable[[], bool] = torch.jit.is_scripting  # type: ignore[attr-defined]
 _tracing: Callable[[], bool] = torch.jit.is_tracing  # type: ignore[attr-defined]
@@ -209,7 +209,16 @@ class BHyT(_Site):
             return triple
 
 
-class BHyTApprox(_Site):
+def offset_of(gain: Tensor, first: BHyT) -> Tensor:
+    """c lam1^2 / kappa1^2, a scalar; see `BHyTApprox.update_variance_offset`."""
+    if not isinstance(first, BHyT):
+        raise TypeError(f"first: expected the block's exact site, a bhyt.BHyT, got {type(first).__name__}")
+    if hasattr(first, "gain_folded"):
+        raise RuntimeError("first: its gain is folded into W_V, of which c must not be computed; unfold it before")
+    return gain * (whole(first.lam).detach().to(gain).reshape(()) / first.kappa).square()
+
+
+class BHyTApprox(VarianceOffset, _Site):
     __doc__ = (
         """Approximate site: y = weight * tanh(lam * x / (kappa * sqrt(variance + offset + eps))), no reduction.
 
@@ -219,12 +228,9 @@ class BHyTApprox(_Site):
     raises RuntimeError. It is state, saved and loaded with the weights; loading a state dict without it succeeds and
     leaves it unset, never as it was."""
         + _ARGS
-        + """        variance_offset: scalar buffer, float32 whatever the site is cast to; NaN while it is not set.
+        + """        variance_offset: [1] buffer, float32 whatever the site is cast to; NaN while it is not set.
 """
     )
-
-    variance_offset: Tensor
-    offset_is_set: bool  # has been seen to be
 
     def __init__(
         self,
@@ -248,67 +254,12 @@ class BHyTApprox(_Site):
             device=device,
             dtype=dtype,
         )
-        self.register_buffer("variance_offset", torch.full((), math.nan, device=device, dtype=torch.float32))
-        self.offset_is_set = False
+        self._register_offset(device)
 
     def reset_parameters(self) -> None:
         """weight to 1, lam to the value given at construction; the offset counts as not set."""
         super().reset_parameters()
         self._unset_offset()
-
-    def _unset_offset(self) -> None:
-        nn.init.constant_(self.variance_offset, math.nan)
-        self.offset_is_set = False
-
-    def has_variance_offset(self) -> bool:
-        """Whether the offset has been set, wherever it came from: a state dict, a loader of buffers, an average.
-
-        Reads the buffer (a synchronisation on a GPU) until it is.
-        """
-        if not self.offset_is_set and not self.variance_offset.is_meta:
-            self.variance_offset = self.variance_offset.float()
-            self.offset_is_set = not bool(torch.isnan(self.variance_offset))
-        return self.offset_is_set
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "BHyTApprox":
-        before = self.variance_offset
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        if self.variance_offset.dtype != torch.float32:
-            self.variance_offset = before.to(self.variance_offset.device)
-        if before.is_meta and not self.variance_offset.is_meta:  # to_empty: memory, but no value yet
-            self._unset_offset()
-        return self
-
-    def _load_from_state_dict(
-        self, state_dict: Dict[str, Any], prefix: str, local_metadata: Dict[str, Any], strict: bool,
-        missing_keys: List[str], unexpected_keys: List[str], error_msgs: List[str],
-    ) -> None:
-        super()._load_from_state_dict(
-            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
-        )
-        key = prefix + "variance_offset"
-        if key in state_dict:
-            self.offset_is_set = False
-            self.has_variance_offset()
-        elif prefix or len(state_dict) >= len(list(self.parameters())):  # not a loader that hands over tensor by tensor
-            self._unset_offset()
-        if key in missing_keys:
-            missing_keys.remove(key)
-
-    @torch.no_grad()
-    def set_variance_offset(self, offset: Union[Tensor, float]) -> None:
-        """Set v' - v, one non-negative number; stored as float32 on the site's device, without gradient.
-
-        Raises:
-            ValueError: several numbers, a negative one or NaN. On other devices than the CPU values are not looked at.
-        """
-        value = torch.as_tensor(offset).detach()
-        if value.numel() != 1:
-            raise ValueError(f"offset: expected one element, got shape {list(value.shape)}")
-        if value.device.type == "cpu" and not value.item() >= 0:
-            raise ValueError(f"offset: expected a number >= 0, got {value.item()}")
-        self.variance_offset.copy_(value.reshape(()))
-        self.offset_is_set = not self.variance_offset.is_meta
 
     def update_variance_offset(self, gain: Tensor, first: BHyT) -> None:
         """Set the offset to gain * lam1^2 / kappa1^2, lam1 and kappa1 being those of the block's exact site `first`.
@@ -319,25 +270,7 @@ class BHyTApprox(_Site):
             TypeError: `first` is not an exact site.
             RuntimeError: the gain of `first` is folded into W_V (see `bhyt.fold_gain`), so that c is not the model's.
         """
-        if not isinstance(first, BHyT):
-            raise TypeError(f"first: expected the block's exact site, a bhyt.BHyT, got {type(first).__name__}")
-        if hasattr(first, "gain_folded"):
-            raise RuntimeError("first: its gain is folded into W_V, of which c must not be computed; unfold it before")
-        self.set_variance_offset(gain * (whole(first.lam).detach().to(gain).reshape(()) / first.kappa).square())
-
-    def _offset(self) -> Tensor:
-        """The offset, if there is one."""
-        if not self.offset_is_set:
-            if _scripting():
-                is_set = not bool(torch.isnan(self.variance_offset))
-            else:
-                is_set = self.has_variance_offset()
-            if not is_set:
-                raise RuntimeError(
-                    "BHyTApprox: the variance offset has not been set; call update_variance_offset(gain, first) or"
-                    " set_variance_offset(offset) after construction, or after loading weights that were saved without"
-                )
-        return self.variance_offset
+        self.set_variance_offset(offset_of(gain, first))
 
     def forward(self, x: Tensor, variance: Tensor, residual: Optional[Tensor] = None) -> Tensor:
         """y, or (y, sum) with a residual.

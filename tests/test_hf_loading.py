@@ -53,6 +53,9 @@ def cast(model: nn.Module) -> nn.Module:
     twin = copy.deepcopy(model)
     for parameter in twin.parameters():
         parameter.data = parameter.data.bfloat16()
+    for module in twin.modules():  # that of the float32 weights, as a folder has it
+        if hasattr(module, "set_variance_offset"):
+            module.set_variance_offset(module.variance_offset)
     return twin
 
 

@@ -66,7 +66,7 @@ def test_modules_to_save(model: nn.Module, tmp_path: Path) -> None:
     before = offsets(model)
     assert hf.refresh(wrapped) == 3
     sites = [layer.post_attention_layernorm for layer in wrapped.base_model.model.model.layers]
-    active = torch.stack([site.modules_to_save["default"].variance_offset for site in sites])
+    active = torch.cat([site.modules_to_save["default"].variance_offset for site in sites])
     assert torch.allclose(active, before * 1.25**2, rtol=1e-5)
     wrapped.save_pretrained(tmp_path / "adapter")
     loaded = peft.AutoPeftModelForCausalLM.from_pretrained(tmp_path / "adapter")

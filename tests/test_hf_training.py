@@ -23,7 +23,7 @@ def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def offsets(model: nn.Module) -> Tensor:
     sites = [module for name, module in model.named_modules() if name.endswith("post_attention_layernorm")]
-    return torch.stack([site.variance_offset for site in sites])
+    return torch.cat([site.variance_offset for site in sites])
 
 
 def offsets_by_hand(layers: Any) -> Tensor:

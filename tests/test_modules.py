@@ -103,7 +103,7 @@ def test_state_dict(kind: type) -> None:
     is an error, and so is the state of an approximate site in an exact one."""
     site = ready(kind, lam=2.0)
     state = site.state_dict()
-    offset = {} if kind is bhyt.BHyT else {"variance_offset": ()}
+    offset = {} if kind is bhyt.BHyT else {"variance_offset": (1,)}
     assert {name: t.shape for name, t in state.items()} == {"weight": (D,), "lam": (1,)} | offset
     other = ready(kind)
     other.load_state_dict(state, strict=True)

@@ -126,7 +126,7 @@ def test_casting_a_model_keeps_the_offset() -> None:
         site = ready(bhyt.BHyTApprox)
         site.set_variance_offset(1e-9)
         site.to(dtype)
-        assert site.weight.dtype == dtype and same_bits(site.variance_offset, torch.tensor(1e-9))
+        assert site.weight.dtype == dtype and same_bits(site.variance_offset, torch.tensor([1e-9]))
         x = torch.randn(3, D, dtype=dtype)
         v = (
             x.double()

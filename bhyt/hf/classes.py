@@ -17,7 +17,7 @@ from transformers import AutoConfig, PreTrainedModel, modeling_utils
 from transformers.models.auto import configuration_auto, modeling_auto, tokenization_auto
 
 from bhyt.hf.layer import ConvertedLayer
-from bhyt.hf.offsets import active_site
+from bhyt.hf.projections import active_site
 from bhyt.hf.sites import Plan, SiteFields
 from bhyt.modules import BHyT, BHyTApprox
 from bhyt.quantization import quantized_as
@@ -61,6 +61,8 @@ class BHyTModelMixin(nn.Module):
             quantized = getattr(config, "bhyt_quantization", None)  # what bhyt.quantization.quantize noted
             if quantized:
                 quantized_as(self, **quantized)
+            else:
+                settle(self)
 
     def _init_weights(self, module: Any) -> None:
         """For what a checkpoint lacks; transformers sees to it that what it has is left alone."""
@@ -68,6 +70,10 @@ class BHyTModelMixin(nn.Module):
             module.reset_parameters()
         else:
             super()._init_weights(module)  # type: ignore[misc]
+
+    def init_weights(self) -> None:
+        super().init_weights()  # type: ignore[misc]
+        settle(self)
 
     def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
         settle(self)
@@ -90,12 +96,9 @@ class BHyTModelMixin(nn.Module):
 def settle(model: nn.Module) -> None:
     """Offsets that came with the weights stay; those that did not follow from the weights, if these are here."""
     for layer in model.modules():
-        if not isinstance(layer, ConvertedLayer) or not layer.approximate:
-            continue
-        site = active_site(layer.post_attention_layernorm)
-        projections = (layer.self_attn.v_proj, layer.self_attn.o_proj)
-        if not any(p.is_meta for m in projections for p in m.parameters()):
-            if site.variance_offset.is_meta:  # transformers 4 leaves there what may be missing
+        if isinstance(layer, ConvertedLayer) and layer.approximate:
+            site = active_site(layer.post_attention_layernorm)
+            if site.variance_offset.is_meta and not site.lam.is_meta:  # transformers 4 leaves there what may be missing
                 site.variance_offset = torch.full_like(site.variance_offset, math.nan, device=site.lam.device)
             layer.settle()
 

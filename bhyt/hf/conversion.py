@@ -124,5 +124,5 @@ def refresh(model: nn.Module) -> int:
         raise ValueError(f"model: {type(model).__name__} has not been converted")
     approximate = [layer for layer in layers if layer.approximate]
     for layer in approximate:
-        layer.refresh()
+        layer.offset.refresh(layer)
     return len(approximate)

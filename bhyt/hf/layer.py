@@ -6,11 +6,13 @@
 
 import functools
 import inspect
-from typing import Any, Iterator, Tuple
+from typing import Any, Callable, Dict, Iterator, Optional, Tuple
 
+import torch
 from torch import Tensor, nn
 
-from bhyt.hf.offsets import active_adapters, active_site, update_offset
+from bhyt.hf.offsets import LayerOffset
+from bhyt.hf.projections import active_adapters, active_site
 
 PARTS = ("input_layernorm", "self_attn", "post_attention_layernorm", "mlp")
 
@@ -27,15 +29,22 @@ class ConvertedLayer(nn.Module):
     mlp: Any
     config: Any  # has seq_len and use_gamma_var
     approximate: bool  # the second site; a wrapper in its place may hide which it is
-    offset_adapters: Any  # those on W_V and W_O for which the offset was computed
+    offset_adapters: Tuple[Any, ...] = ()  # those on W_V and W_O for which the offset was computed
+    _offset: LayerOffset
     _returns_tuple: bool  # (hidden_states, ...), as transformers before 4.54 do
     _argument_names: Tuple[str, ...]  # of the layer's forward, behind hidden_states
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         kwargs.update(zip(self._argument_names, args))
         if self.approximate:
-            self.settle()
+            more = None
+            if not torch.compiler.is_compiling():  # nothing is looked at inside a compiled graph
+                more = self.offset.settle(self)
+            elif self.offset_adapters != active_adapters(self.self_attn):
+                more = _settle_outside(self)
             y, variance = self.input_layernorm(hidden_states, return_variance=True)
+            if more is not None:
+                variance = variance + more
             branch, weights = self.self_attn(hidden_states=y, **kwargs)[:2]
             y, hidden_states = self.post_attention_layernorm(branch, variance, residual=hidden_states)
         else:
@@ -47,19 +56,62 @@ class ConvertedLayer(nn.Module):
             return hidden_states
         return (hidden_states, weights) if kwargs.get("output_attentions") else (hidden_states,)
 
-    def refresh(self) -> None:
-        """Recompute the approximate site's offset from the weights as they are now."""
-        update_offset(self, self.config.seq_len, self.config.use_gamma_var)
-        self.offset_adapters = active_adapters(self.self_attn)
+    @property
+    def offset(self) -> LayerOffset:
+        """The owner of the approximate site's offset."""
+        if "_offset" not in self.__dict__:
+            self.__dict__["_offset"] = LayerOffset()
+        return self._offset
 
     def settle(self) -> None:
-        """Refresh an offset that came with no weights, or is that of W_V and W_O with other adapters than are active."""
-        site = active_site(self.post_attention_layernorm)
-        if self.offset_adapters != active_adapters(self.self_attn) or not site.has_variance_offset():
-            self.refresh()
+        """Compute an offset that is missing, or is not that of the weights, if the weights are here."""
+        if self.approximate and not any(p.is_meta for p in self.self_attn.parameters()):
+            self.offset.settle(self)
+
+    def train(self, mode: bool = True) -> "ConvertedLayer":
+        super().train(mode)
+        if self.approximate:
+            self.offset.look()
+        return self
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "ConvertedLayer":
+        known = self.offset.is_fresh()
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        if self.approximate:
+            self.offset.trust(self, known)
+        return self
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        if self.approximate:
+            self.offset.doubt()  # PEFT's hot swap asks for a state dict, then writes
+        if self.approximate and not active_site(self.post_attention_layernorm).has_variance_offset():
+            if all(type(p) is nn.Parameter for p in self.self_attn.parameters()):  # a sharded one needs every process
+                self.settle()
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+
+    def __setstate__(self, state: Dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        if self.approximate:
+            self.offset.trust(self, self.offset.is_fresh())
 
     def __reduce__(self) -> Tuple[Any, ...]:  # the class is made at run time: pickle and deepcopy make it again
         return _empty_layer, (type(self).__mro__[2], self._returns_tuple), self.__dict__
+
+
+def after_loading(layer: ConvertedLayer, incompatible_keys: Any) -> None:
+    """A hook behind load_state_dict: an offset that came with weights is theirs."""
+    if not layer.approximate:
+        return
+    if active_site(layer.post_attention_layernorm).offset_given:
+        layer.offset.trust(layer)
+    else:
+        layer.offset.look()
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def _settle_outside(layer: ConvertedLayer) -> Optional[Tensor]:
+    """Leaves a compiled graph: other adapters are active than those of the offset."""
+    return layer.offset.settle(layer)
 
 
 @functools.cache

@@ -7,8 +7,7 @@ import torch
 from torch import nn
 
 from bhyt.hf.checks import check_attention, check_layer, check_norm
-from bhyt.hf.layer import PARTS, converted_class, decoder_layers
-from bhyt.hf.offsets import active_adapters
+from bhyt.hf.layer import PARTS, after_loading, converted_class, decoder_layers
 from bhyt.modules import BHyT, BHyTApprox
 
 NORM_TYPES = ("bhyt", "bhytline", "bhytstar")
@@ -75,13 +74,13 @@ class Plan:
         fields = self.fields
         for layer, layer_class in zip(self._layers, self._classes):
             layer.config, layer.approximate = config, layer in self._approximate
-            layer.offset_adapters = active_adapters(layer.self_attn) if layer.approximate else ()
             layer.input_layernorm = self._site(layer.input_layernorm, BHyT, fields.input_layer_lam, warm_start)
             second = BHyTApprox if layer.approximate else BHyT
             layer.post_attention_layernorm = self._site(
                 layer.post_attention_layernorm, second, fields.post_layer_lam, warm_start
             )
             layer.__class__ = layer_class
+            layer.register_load_state_dict_post_hook(after_loading)
         if self._final is not None:
             self._final.norm = self._site(self._final.norm, BHyT, fields.last_layer_lam, warm_start)
         return len(self.norms)

@@ -5,12 +5,12 @@ from typing import Any
 from torch import nn
 
 from bhyt.hf.conversion import converted_layers, refresh
-from bhyt.hf.offsets import active_site
+from bhyt.hf.projections import active_site
 
 
 def refresh_callback(every: int = 10) -> Any:
-    """A `transformers.TrainerCallback` that refreshes the model every so many optimizer steps, before the first one and
-    after the last one (best weights may have been loaded then).
+    """A `transformers.TrainerCallback` that refreshes the model every so many optimizer steps, before the first one, before
+    each evaluation, and after the last one (best weights may have been loaded then).
 
     A resumed run goes on with the constants that were saved, as if it had not stopped.
 
@@ -33,7 +33,11 @@ def refresh_callback(every: int = 10) -> Any:
                 refresh(model)
 
         def on_step_end(self, args: Any, state: Any, control: Any, model: nn.Module, **kwargs: Any) -> None:
-            if state.global_step % every == 0:
+            if state.global_step % every == 0 or control.should_evaluate:
+                refresh(model)
+
+        def on_epoch_end(self, args: Any, state: Any, control: Any, model: nn.Module, **kwargs: Any) -> None:
+            if control.should_evaluate:  # an eager model would see to it; a compiled one looks at nothing
                 refresh(model)
 
         def on_train_end(self, args: Any, state: Any, control: Any, model: nn.Module, **kwargs: Any) -> None:
