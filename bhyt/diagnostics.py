@@ -7,15 +7,15 @@
 """
 
 import contextlib
-import functools
 import inspect
 import math
 import threading
 from dataclasses import dataclass
-from typing import Any, Callable, Dict, Iterator, List, Optional, Tuple
+from typing import Any, Dict, Iterator, List, Optional, Tuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_hook
 
 from bhyt.modules import BHyT, BHyTApprox
 
@@ -58,7 +58,7 @@ class Record:
     Reading it (iterating, printing, plotting) is what waits for the device. It can be read in the context and after.
     """
 
-    def __init__(self, sites: List["_Site"]) -> None:
+    def __init__(self, sites: List["_SiteStatistics"]) -> None:
         self._sites = sites
 
     def __iter__(self) -> Iterator[SiteStatistics]:
@@ -124,7 +124,7 @@ _PANELS = {
 
 @contextlib.contextmanager
 def record(model: nn.Module) -> Iterator[Record]:
-    """Record every BHyT site of `model` within the context, whichever of its methods is called.
+    """Record every BHyT site of `model` within the context: each call of the module, by whichever of its methods.
 
     Outputs and gradients keep their bits. Nothing waits for the device before the record is read, and the memory needed
     does not grow with the calls. Outside the context nothing is left behind, after exceptions neither. In a training
@@ -143,17 +143,17 @@ def record(model: nn.Module) -> Iterator[Record]:
     Raises:
         ValueError: the model has no site, or one that another context is recording.
     """
-    sites: Dict[nn.Module, _Site] = {}
+    sites: Dict[nn.Module, _SiteStatistics] = {}
     for name, module in model.named_modules():
         if isinstance(module, (BHyT, BHyTApprox)):
-            sites[module] = _Site(name, isinstance(module, BHyT))
+            sites[module] = _SiteStatistics(name, isinstance(module, BHyT))
     if not sites:
         raise ValueError(f"model: {type(model).__name__} has no BHyT site")
     with _lock:
         if not _recording.keys().isdisjoint(sites):
             raise ValueError(f"model: {type(model).__name__} is being recorded by another context")
         if not _recording:
-            _wrap_forwards()
+            _start()
         _recording.update(sites)
     try:
         yield Record(list(sites.values()))
@@ -165,7 +165,7 @@ def record(model: nn.Module) -> Iterator[Record]:
                 _undo.close()
 
 
-class _Site:
+class _SiteStatistics:
     """Running statistics of one site, on its device.
 
     Means and co-moments of several batches are merged as in Chan, Golub and LeVeque, "Updating formulae and a pairwise
@@ -224,32 +224,25 @@ class _Site:
         )
 
 
-# Hooks, and wrappers set on an instance, would go with its copies. So the forward of the two classes is wrapped, as long
-# as any model is recorded, and looks here for whose statistics it adds to.
-_recording: Dict[nn.Module, _Site] = {}
+# A hook on a site would go with copies of the site. So one hook on every module, registered as long as any model is
+# recorded, looks here for whose statistics it adds to.
+_recording: Dict[nn.Module, _SiteStatistics] = {}
 _undo = contextlib.ExitStack()
 _lock = threading.Lock()
+_SIGNATURES = {kind: inspect.signature(kind.forward) for kind in (BHyT, BHyTApprox)}
 
 
-def _wrap_forwards() -> None:
+def _start() -> None:
     _undo.enter_context(torch.compiler.set_stance("force_eager"))
-    for kind in (BHyT, BHyTApprox):
-        _undo.callback(setattr, kind, "forward", kind.forward)
-        setattr(kind, "forward", _recorded(kind.forward))
+    handle = register_module_forward_hook(_observe, with_kwargs=True)
+    _undo.callback(handle.remove)
 
 
-def _recorded(forward: Callable[..., Any]) -> Callable[..., Any]:
-    signature = inspect.signature(forward)
-
-    @functools.wraps(forward)
-    def call(site: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        result = forward(site, *args, **kwargs)
-        statistics = _recording.get(site)
-        # Within a backward pass it is activation checkpointing that calls, for rows that have been counted.
-        if statistics is not None and torch._C._current_graph_task_id() == -1:
-            given = signature.bind(site, *args, **kwargs).arguments
-            rows = given["x"] if given.get("residual") is None else result[1]
-            statistics.add(site, rows, given.get("variance"))
-        return result
-
-    return call
+def _observe(module: nn.Module, args: Any, kwargs: Any, result: Any) -> None:
+    statistics = _recording.get(module)
+    # Within a backward pass it is activation checkpointing that calls, for rows that have been counted.
+    if statistics is not None and torch._C._current_graph_task_id() == -1:
+        signature = _SIGNATURES[BHyT if statistics.exact else BHyTApprox]
+        given = signature.bind(module, *args, **kwargs).arguments
+        rows = given["x"] if given.get("residual") is None else result[1]
+        statistics.add(module, rows, given.get("variance"))

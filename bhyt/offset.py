@@ -118,5 +118,4 @@ class VarianceOffset(nn.Module):
 
 def _is_held(buffer: Tensor) -> bool:
     """Whether something beside the module, such as the graph of a forward, holds this very tensor."""
-    count = getattr(buffer, "_use_count", None)  # torch before 2.8 may lack it: an in-place write is then an error
-    return count is not None and count() > 1
+    return bool(buffer._use_count() > 1)  # type: ignore[attr-defined]
