@@ -19,8 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch._inductor.select_algorithm import extern_kernels
 
-from bhyt import quantization
-from bhyt.quantization import QuantizedLinear
+from bhyt.quantization import QuantizedLinear, linear
 
 FP32, INT8, TORCHAO = "BHyT fp32", bench_quantized.OURS, f"{bench_quantized.TORCHAO} int8 dynamic"
 
@@ -40,8 +39,8 @@ def prepared(function: Callable[..., Any]) -> Callable[..., Any]:
 
 def parts() -> dict[str, tuple[str, list[Any]]]:
     """By title: the model, and what is taken away from it."""
-    products = mock.patch.object(quantization, "_product", prepared(quantization._product))
-    scales = mock.patch.object(quantization, "_quantized_rows", prepared(quantization._quantized_rows))
+    products = mock.patch.object(linear, "_product", prepared(linear._product))
+    scales = mock.patch.object(linear, "_quantized_rows", prepared(linear._quantized_rows))
     free_linear = prepared(nn.functional.linear)
     float_products = mock.patch.object(nn.functional, "linear", lambda x, w, bias=None: free_linear(x, w).clone())
     linears = mock.patch.object(QuantizedLinear, "forward", prepared(QuantizedLinear.forward))
@@ -70,7 +69,7 @@ def compiled_prefill(name: str, bases: dict[str, nn.Module], tokens: Tensor, sec
     torch._dynamo.reset()
     model = bench_quantized.build(name, bases).eval().requires_grad_(False)
     free = mock.patch.object(extern_kernels, "_int_mm", lambda x, w, out: out.zero_())  # what compiled code calls
-    with mock.patch.object(quantization, "_PLAIN_LOOP", False), free:
+    with mock.patch.object(linear, "_PLAIN_LOOP", False), free:
         call = bench_quantized.Prefill(model, tokens, True)
         taken, end = [], time.monotonic() + seconds
         while time.monotonic() < end:

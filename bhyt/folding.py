@@ -1,6 +1,5 @@
 """Gains folded into the linears that read them, W (gamma * t) = (W gamma) t: the kernels then read no gain."""
 
-from collections import Counter
 from types import TracebackType
 from typing import Any, Dict, List, Mapping, Optional, Sequence, Tuple, Type
 
@@ -8,14 +7,7 @@ import torch
 from torch import nn
 
 from bhyt.modules import BHyT, BHyTApprox
-
-# A decoder layer's sites, the module behind each, its linears that read the site, and what else in it has parameters.
-_LAYER = (
-    ("input_layernorm", "self_attn", ("q_proj", "k_proj", "v_proj"), {"o_proj", "q_norm", "k_norm"}),
-    ("post_attention_layernorm", "mlp", ("gate_proj", "up_proj"), {"down_proj"}),
-)
-_DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
-
+from bhyt.readers import check_linear, decoder_readers, module_of, times_used
 
 class FoldedGain:
     """What `fold_gain` returns: undoes it by `unfold()`, or on leaving it as a context manager.
@@ -82,12 +74,12 @@ def fold_gain(model: nn.Module, readers: Optional[Mapping[str, Sequence[str]]] =
             wrapped by an adapter, on the meta device, tied to another module, read by two sites, or not of the site's
             size; a layer with further modules that may read the site. The model has not been changed then.
     """
-    pairs = _decoder_readers(model) if readers is None else readers
-    uses = Counter(id(parameter) for _, parameter in model.named_parameters(remove_duplicate=False))
+    pairs = decoder_readers(model) if readers is None else readers
+    uses = times_used(model)
     sites: Dict[str, Any] = {}
     linears: Dict[Any, nn.Parameter] = {}  # and the gain to multiply it by
     for name, linear_names in pairs.items():
-        site: Any = _module(model, name)
+        site: Any = module_of(model, name)
         _check_site(name, site)
         if site.weight is None:
             continue
@@ -95,8 +87,8 @@ def fold_gain(model: nn.Module, readers: Optional[Mapping[str, Sequence[str]]] =
             raise ValueError(f"{name}: expected once, with all linears that read it")
         sites[name] = site
         for linear_name in linear_names:
-            linear: Any = _module(model, linear_name)
-            _check_linear(linear_name, linear, site.hidden_size)
+            linear: Any = module_of(model, linear_name)
+            check_linear(linear_name, linear, site.hidden_size)
             if linear in linears or uses[id(linear.weight)] > 1:
                 raise ValueError(f"{linear_name}: its weight is read by something else too, and would be wrong there")
             linears[linear] = site.weight
@@ -124,37 +116,6 @@ def _replace(folded: FoldedGain, module: Any, weight: Optional[nn.Parameter]) ->
     folded._originals.append((module, original))
 
 
-def _decoder_readers(model: nn.Module) -> Dict[str, List[str]]:
-    """The rule of `fold_gain` for models whose modules are named as in Llama."""
-    readers: Dict[str, List[str]] = {}
-    heads = [(name, module) for name, module in model.named_modules() if name.split(".")[-1] == "lm_head"]
-    for owner, module in model.named_modules():
-        prefix = f"{owner}." if owner else ""
-        if all(hasattr(module, name) for part in _LAYER for name in part[:2]):
-            for site, part, linears, others in _LAYER:
-                if not isinstance(getattr(module, site), (BHyT, BHyTApprox)):
-                    continue
-                known = others.union(linears)
-                for name, child in getattr(module, part).named_children():
-                    if name not in known and any(True for _ in child.parameters()):
-                        raise ValueError(
-                            f"{prefix}{part}.{name}: may read {prefix}{site} too; name the linears that do in `readers`"
-                        )
-                readers[f"{prefix}{site}"] = [f"{prefix}{part}.{name}" for name in linears]
-        if hasattr(module, "layers") and isinstance(getattr(module, "norm", None), (BHyT, BHyTApprox)):
-            tied = {id(child.weight) for child in model.modules() if isinstance(child, nn.Embedding)}
-            if len(heads) == 1 and id(getattr(heads[0][1], "weight", None)) not in tied:
-                readers[f"{prefix}norm"] = [heads[0][0]]
-    return readers
-
-
-def _module(model: nn.Module, name: str) -> nn.Module:
-    try:
-        return model.get_submodule(name)
-    except AttributeError as error:
-        raise ValueError(f"{name}: {type(model).__name__} has no such module; see `readers`") from error
-
-
 def _check_site(name: str, site: Any) -> None:
     if not isinstance(site, (BHyT, BHyTApprox)):
         raise ValueError(f"{name}: expected a BHyT site, got {type(site).__name__}")
@@ -162,16 +123,3 @@ def _check_site(name: str, site: Any) -> None:
         raise ValueError(f"{name}: its gain is folded already")
     if site.weight is not None and (type(site.weight) is not nn.Parameter or site.weight.is_meta):
         raise ValueError(f"{name}: expected a plain gain, got {type(site.weight).__name__} on {site.weight.device}")
-
-
-def _check_linear(name: str, linear: Any, size: int, folded: bool = False, meta: bool = False) -> None:
-    """Exactly nn.Linear: quantisation and adapters come as its subclasses, or as wrappers around it."""
-    if type(linear) is not nn.Linear:
-        raise ValueError(f"{name}: expected torch.nn.Linear, got {type(linear).__module__}.{type(linear).__name__}")
-    weight, kind = linear.weight, type(linear.weight)
-    if hasattr(linear, "gain_folded") and not folded:
-        raise ValueError(f"{name}: a gain is folded into it already")
-    if kind is not nn.Parameter or weight.is_meta and not meta or weight.dtype not in _DTYPES:
-        raise ValueError(f"{name}: expected a plain weight, got {kind.__name__} {weight.dtype} on {weight.device}")
-    if weight.dim() != 2 or weight.shape[1] != size:
-        raise ValueError(f"{name}: expected a weight [.., {size}], got {list(weight.shape)}")

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import bhyt
-from bhyt import quantization
+from bhyt.quantization import conversion, linear
 from bhyt.quantization import QuantizedLinear, quantize
 from checks import same_bits
 from pages import blocks
@@ -90,8 +90,8 @@ def test_products_without_int8_instructions(out: int, features: int, monkeypatch
                       (torch.randint(-127, 128, (7, features)), torch.randint(-127, 128, (out, features)))):  # fmt: skip
         exact, given = q @ weight.T, (q.to(torch.int8), weight.to(torch.int8))
         for plain_loop in (True, False):
-            monkeypatch.setattr(quantization, "_PLAIN_LOOP", plain_loop)
-            product = quantization._product(*given)
+            monkeypatch.setattr(linear, "_PLAIN_LOOP", plain_loop)
+            product = linear._product(*given)
             assert torch.equal(product.long(), exact), f"plain loop: {plain_loop}"
 
 
@@ -139,7 +139,7 @@ def test_float8(monkeypatch: pytest.MonkeyPatch) -> None:
     """The same module with float8 weights; the CPU, which has no fast product of them, is refused by `quantize` alone."""
     torch.manual_seed(5)
     block, x = Block(bias=True), torch.randn(5, 48)
-    monkeypatch.setattr(quantization, "_check_float8", lambda name, device: None)
+    monkeypatch.setattr(conversion, "_check_float8", lambda name, device: None)
     quantized = quantized_block(F8, bias=True)
     assert quantized.norm1(x).dtype == quantized.v.weight.dtype == F8
     assert relative(quantized(x), block(x)) < 0.05

@@ -1,0 +1,50 @@
+"""Sites that hand their linears eight bits."""
+
+from typing import Any, Optional, Tuple
+
+import torch
+from torch import Tensor, nn
+
+from bhyt.modules import BHyT, BHyTApprox, _check_rows, _ops
+
+
+class QuantizedSite(nn.Module):
+    """Mixed into a site's class: its y is `quantized_dtype`, of one scale."""
+
+    hidden_size: int
+    quantized_dtype: torch.dtype
+    scale: float
+
+    def _check(self, x: Tensor) -> None:
+        _check_rows(x, self.hidden_size)
+        if self.training:
+            raise RuntimeError("BHyT: quantised for inference, it has no gradients; train the float model, or call eval()")
+        if x.is_nested:
+            raise NotImplementedError("BHyT: a quantised site takes no nested tensors")
+
+    def _quantization(self) -> Tuple[Any, ...]:
+        return self.weight, self.lam, self.scale, 0, self.quantized_dtype, self.kappa, self.eps
+
+
+class QuantizedBHyT(QuantizedSite, BHyT):
+    """An exact site that hands its linears eight bits; made by `quantize`."""
+
+    def _run(self, x: Tensor, residual: Optional[Tensor], return_variance: bool) -> Any:
+        self._check(x)
+        results: Tuple[Tensor, ...]
+        if residual is None:
+            results = _ops().forward_quantized(x, *self._quantization())
+            return results if return_variance else results[0]
+        results = _ops().add_forward_quantized(x, residual, *self._quantization())
+        return results if return_variance else results[:2]
+
+
+class QuantizedBHyTApprox(QuantizedSite, BHyTApprox):
+    """An approximate site that hands its linears eight bits; made by `quantize`."""
+
+    def _run(self, x: Tensor, variance: Tensor, residual: Optional[Tensor]) -> Any:
+        self._check(x)
+        offset = self._offset()
+        if residual is None:
+            return _ops().forward_approx_quantized(x, variance, offset, *self._quantization())
+        return _ops().add_forward_approx_quantized(x, residual, variance, offset, *self._quantization())
