@@ -4,16 +4,25 @@ A fused op is opaque to Inductor, which cannot fuse its neighbours into it; the 
 kernels. Which is faster is measured by benchmarks/bench_compile.py; the default is what was faster there.
 """
 
-import functools
-from typing import Any, Callable, Dict
+from typing import Any, Callable, Dict, FrozenSet
 
 import torch
 
-from bhyt import functional, reference
+from bhyt import reference
 
 _EXACT = ("forward", "add_forward")
 _APPROXIMATE = ("forward_approx", "add_forward_approx")
 _DECOMPOSED = {"none": (), "approximate": _APPROXIMATE, "all": _EXACT + _APPROXIMATE}
+_is_compiling = torch.compiler.is_compiling
+_formulas: FrozenSet[str] = frozenset()  # the ops of which compilers see the formula
+
+
+def wants_formula(name: str) -> bool:
+    """Whether `bhyt.functional` runs the formula of an op now: a compiler is tracing, and is not to see the op.
+
+    An export to ONNX never sees the ops, which its runtimes do not have.
+    """
+    return _is_compiling() and (name in _formulas or torch.onnx.is_in_onnx_export())
 
 
 def decompositions() -> Dict[Any, Callable[..., Any]]:
@@ -24,21 +33,11 @@ def decompositions() -> Dict[Any, Callable[..., Any]]:
     return {getattr(torch.ops.bhyt, name).default: getattr(reference, name) for name in _EXACT + _APPROXIMATE}
 
 
-@functools.cache  # one object per op: compiled code is guarded by its identity
-def _formula_when_compiling(name: str) -> Callable[..., Any]:
-    op, formula = getattr(torch.ops.bhyt, name), getattr(reference, name)
-
-    def site(*args: Any) -> Any:
-        return formula(*args) if torch.compiler.is_compiling() else op(*args)
-
-    return site
-
-
 def decompose_when_compiling(sites: str = "none") -> None:
     """Choose what `torch.compile` and `torch.export` see of `bhyt.functional` and the modules from now on.
 
-    Eager calls run the fused ops whatever is chosen; compiled code is compiled anew when the choice changes. The setting
-    holds for the process. TorchScript takes models under "none" only.
+    Eager calls and TorchScript run the fused ops whatever is chosen; compiled code is compiled anew when the choice
+    changes. The setting holds for the process.
 
     Args:
         sites: "none" (default) keeps every site a fused op; "approximate" gives the compiler the formula of approximate
@@ -47,8 +46,7 @@ def decompose_when_compiling(sites: str = "none") -> None:
     Raises:
         ValueError: another value.
     """
+    global _formulas
     if sites not in _DECOMPOSED:
         raise ValueError(f"sites: expected one of {', '.join(_DECOMPOSED)}, got {sites!r}")
-    for name in _EXACT + _APPROXIMATE:
-        fused = name not in _DECOMPOSED[sites]
-        setattr(functional, f"_{name}", getattr(torch.ops.bhyt, name) if fused else _formula_when_compiling(name))
+    _formulas = frozenset(_DECOMPOSED[sites])

@@ -15,6 +15,11 @@ from typing import Callable, Optional, Tuple
 import torch
 from torch import Tensor
 
+from bhyt import reference
+from bhyt.compiling import wants_formula
+
+_scripting: Callable[[], bool] = torch.jit.is_scripting  # type: ignore[attr-defined]
+
 # Looked up once: three attributes of torch.ops cost half a microsecond a call.
 _forward: Callable[..., Tuple[Tensor, Tensor]] = torch.ops.bhyt.forward
 _forward_approx: Callable[..., Tensor] = torch.ops.bhyt.forward_approx
@@ -43,6 +48,9 @@ def forward(
         y: [..., d] in x's dtype, |y| <= |weight| rounded to that dtype.
         variance: v, [..., 1] float32 (float64 for float64 x), for the approximate site of the same block.
     """
+    if not _scripting():
+        if wants_formula("forward"):
+            return reference.forward(x, weight, lam, kappa, eps)
     return _forward(x, weight, lam, kappa, eps)
 
 
@@ -66,6 +74,9 @@ def forward_approx(
     Returns:
         y: [..., d] in x's dtype.
     """
+    if not _scripting():
+        if wants_formula("forward_approx"):
+            return reference.forward_approx(x, variance, variance_offset, weight, lam, kappa, eps)
     return _forward_approx(x, variance, variance_offset, weight, lam, kappa, eps)
 
 
@@ -85,6 +96,9 @@ def add_forward(
         sum: [..., d] in residual's dtype, the new residual stream.
         variance: [..., 1], mean(sum^2) of the stored sum; float32 (float64 for a float64 stream).
     """
+    if not _scripting():
+        if wants_formula("add_forward"):
+            return reference.add_forward(x, residual, weight, lam, kappa, eps)
     return _add_forward(x, residual, weight, lam, kappa, eps)
 
 
@@ -109,6 +123,9 @@ def add_forward_approx(
         y: [..., d] in x's dtype.
         sum: [..., d] in residual's dtype, the new residual stream.
     """
+    if not _scripting():
+        if wants_formula("add_forward_approx"):
+            return reference.add_forward_approx(x, residual, variance, variance_offset, weight, lam, kappa, eps)
     return _add_forward_approx(x, residual, variance, variance_offset, weight, lam, kappa, eps)
 
 
@@ -140,6 +157,9 @@ def forward_quantized(
     Raises:
         RuntimeError: a gradient would have to be recorded.
     """
+    if not _scripting():
+        if wants_formula("forward_quantized"):
+            return reference.forward_quantized(x, weight, lam, scale, zero_point, dtype, kappa, eps)
     return _forward_quantized(x, weight, lam, scale, zero_point, dtype, kappa, eps)
 
 
@@ -160,6 +180,11 @@ def forward_approx_quantized(
     Returns:
         q: [..., d] of dtype.
     """
+    if not _scripting():
+        if wants_formula("forward_approx_quantized"):
+            return reference.forward_approx_quantized(
+                x, variance, variance_offset, weight, lam, scale, zero_point, dtype, kappa, eps
+            )
     return _forward_approx_quantized(
         x, variance, variance_offset, weight, lam, scale, zero_point, dtype, kappa, eps
     )
@@ -182,6 +207,9 @@ def add_forward_quantized(
         q: [..., d] of dtype.
         sum, variance: as from `add_forward`, the same bits.
     """
+    if not _scripting():
+        if wants_formula("add_forward_quantized"):
+            return reference.add_forward_quantized(x, residual, weight, lam, scale, zero_point, dtype, kappa, eps)
     return _add_forward_quantized(x, residual, weight, lam, scale, zero_point, dtype, kappa, eps)
 
 
@@ -204,6 +232,11 @@ def add_forward_approx_quantized(
         q: [..., d] of dtype.
         sum: as from `add_forward_approx`, the same bits.
     """
+    if not _scripting():
+        if wants_formula("add_forward_approx_quantized"):
+            return reference.add_forward_approx_quantized(
+                x, residual, variance, variance_offset, weight, lam, scale, zero_point, dtype, kappa, eps
+            )
     return _add_forward_approx_quantized(
         x, residual, variance, variance_offset, weight, lam, scale, zero_point, dtype, kappa, eps
     )

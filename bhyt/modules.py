@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from bhyt import functional as F
-from bhyt import reference
 from bhyt.gain import whole
+from bhyt.nested import on_values
 from bhyt.offset import VarianceOffset
 
 _scripting: Callable[[], bool] = torch.jit.is_scripting  # type: ignore[attr-defined]
@@ -61,7 +61,11 @@ class _Site(nn.Module):
             self.lam = nn.Parameter(value)
         else:
             self.register_buffer("lam", value)
+        self._register_offset(device)
         _Site.reset_parameters(self)
+
+    def _register_offset(self, device: Union[torch.device, str, int, None]) -> None:
+        """Exact sites have none."""
 
     def reset_parameters(self) -> None:
         """weight to 1, lam to the value given at construction."""
@@ -95,31 +99,11 @@ def _check_rows(x: Tensor, hidden_size: int) -> None:
         raise ValueError(f"x: expected [..., {hidden_size}], got {list(x.shape)}")
 
 
-def _ops() -> Any:
-    """The fused ops; for torch.onnx.export, which has no such ops, their formulas."""
-    return reference if torch.compiler.is_compiling() and torch.onnx.is_in_onnx_export() else F
+class BHyT(_Site):
+    """Exact site: y = weight * tanh(lam * x / (kappa * sqrt(mean(x^2) + eps))), bounded by |weight|.
 
-
-def _on_values(site: Callable[..., Any], x: Tensor, tensors: Mapping[str, Optional[Tensor]], **options: Any) -> Any:
-    """site(..) of jagged nested tensors [batch, ragged, .., d]: rows are independent, so it runs on all rows packed."""
-    given: Dict[str, Any] = {"x": x, **tensors}
-    values = {}
-    for name, tensor in given.items():
-        if tensor is not None and not (tensor.is_nested and tensor.layout == torch.jagged and tensor._ragged_idx == 1):
-            raise ValueError(f"{name}: expected a jagged nested tensor [batch, ragged, .., d], as x, got {tensor.layout}")
-        if tensor is not None and tensor.shape[:2] != x.shape[:2]:
-            raise ValueError(f"{name}: expected the offsets of x, got others")
-        values[name] = None if tensor is None else tensor.values()
-    results = site(**values, **options)
-    offsets, lengths = given["x"].offsets(), given["x"].lengths()
-    nested = [
-        torch.nested.nested_tensor_from_jagged(rows, offsets=offsets, lengths=lengths)
-        for rows in (results if isinstance(results, tuple) else (results,))
-    ]
-    return tuple(nested) if isinstance(results, tuple) else nested[0]
-
-
-_ARGS = """
+    A drop-in for `torch.nn.RMSNorm(hidden_size)`; x and y are [..., hidden_size], jagged nested tensors included. The
+    root mean square of y is about |weight| lam / kappa, where RMSNorm's is |weight|.
 
     Args:
         hidden_size: d, the size of the last dimension: an integer, or a shape of one dimension.
@@ -138,17 +122,7 @@ _ARGS = """
 
     Raises:
         ValueError: an option that is not as described; called with rows of another width than hidden_size.
-"""
-
-
-class BHyT(_Site):
-    __doc__ = (
-        """Exact site: y = weight * tanh(lam * x / (kappa * sqrt(mean(x^2) + eps))), bounded by |weight|.
-
-    A drop-in for `torch.nn.RMSNorm(hidden_size)`; x and y are [..., hidden_size], jagged nested tensors included. The
-    root mean square of y is about |weight| lam / kappa, where RMSNorm's is |weight|."""
-        + _ARGS
-    )
+    """
 
     def forward(self, x: Tensor, residual: Optional[Tensor] = None, return_variance: bool = False) -> Tensor:
         """y, or (y[, sum][, variance]) as asked for.
@@ -175,12 +149,12 @@ class BHyT(_Site):
     def _run(self, x: Tensor, residual: Optional[Tensor], return_variance: bool) -> Any:
         _check_rows(x, self.hidden_size)
         if x.is_nested:
-            return _on_values(self._run, x, {"residual": residual}, return_variance=return_variance)
+            return on_values(self._run, x, {"residual": residual}, return_variance=return_variance)
         results: Tuple[Tensor, ...]
         if residual is None:
-            results = _ops().forward(x, self.weight, self.lam, self.kappa, self.eps)
+            results = F.forward(x, self.weight, self.lam, self.kappa, self.eps)
             return results if return_variance else results[0]
-        results = _ops().add_forward(x, residual, self.weight, self.lam, self.kappa, self.eps)
+        results = F.add_forward(x, residual, self.weight, self.lam, self.kappa, self.eps)
         return results if return_variance else results[:2]
 
     def forward_with_variance(self, x: Tensor) -> Tuple[Tensor, Tensor]:
@@ -219,42 +193,33 @@ def offset_of(gain: Tensor, first: BHyT) -> Tensor:
 
 
 class BHyTApprox(VarianceOffset, _Site):
-    __doc__ = (
-        """Approximate site: y = weight * tanh(lam * x / (kappa * sqrt(variance + offset + eps))), no reduction.
+    """Approximate site: y = weight * tanh(lam * x / (kappa * sqrt(variance + offset + eps))), no reduction.
 
     The second site of a block: `variance` is the exact site's, and the offset is what attention adds to it,
     c * lam1^2 / kappa1^2 with c from `bhyt.attention_gain`. The offset follows from weights, so it is no parameter: set
     it after construction, and refresh it every so many training steps. Until then it is NaN, and calling the site
     raises RuntimeError. It is state, saved and loaded with the weights; loading a state dict without it succeeds and
-    leaves it unset, never as it was."""
-        + _ARGS
-        + """        variance_offset: [1] buffer, float32 whatever the site is cast to; NaN while it is not set.
-"""
-    )
+    leaves it unset, never as it was.
 
-    def __init__(
-        self,
-        hidden_size: Union[int, Sequence[int]],
-        *,
-        lam: float = 1.0,
-        kappa: float = 10.0,
-        eps: float = 1e-6,
-        learnable_lam: bool = True,
-        elementwise_affine: bool = True,
-        device: Union[torch.device, str, int, None] = None,
-        dtype: Optional[torch.dtype] = None,
-    ) -> None:
-        super().__init__(
-            hidden_size,
-            lam=lam,
-            kappa=kappa,
-            eps=eps,
-            learnable_lam=learnable_lam,
-            elementwise_affine=elementwise_affine,
-            device=device,
-            dtype=dtype,
-        )
-        self._register_offset(device)
+    Args:
+        hidden_size: d, the size of the last dimension: an integer, or a shape of one dimension.
+        lam: initial value of `lam`, the bound on the argument of tanh (arXiv 2601.09719 uses 2.0 for exact and 1.0
+            for approximate sites).
+        kappa: the argument stays within [-lam, lam] with probability of at least 1 - 1/kappa^2.
+        eps: added to the variance.
+        learnable_lam: False makes `lam` a buffer: saved, never trained.
+        elementwise_affine: False leaves out the gain `weight`.
+        device, dtype: of `weight` and `lam`; any floating dtype works with rows of any other. Train in float32 (under
+            autocast, or with float32 copies in the optimizer): a bfloat16 lam of 2 does not see steps below 0.004.
+
+    Attributes:
+        weight: [hidden_size] parameter, initially 1, or None.
+        lam: [1] parameter or buffer. Weight decay would pull it towards 0: see `bhyt.parameter_groups`.
+        variance_offset: [1] buffer, float32 whatever the site is cast to; NaN while it is not set.
+
+    Raises:
+        ValueError: an option that is not as described; called with rows of another width than hidden_size.
+    """
 
     def reset_parameters(self) -> None:
         """weight to 1, lam to the value given at construction; the offset counts as not set."""
@@ -298,11 +263,11 @@ class BHyTApprox(VarianceOffset, _Site):
     def _run(self, x: Tensor, variance: Tensor, residual: Optional[Tensor]) -> Any:
         _check_rows(x, self.hidden_size)
         if x.is_nested:
-            return _on_values(self._run, x, {"variance": variance, "residual": residual})
+            return on_values(self._run, x, {"variance": variance, "residual": residual})
         offset = self._offset()
         if residual is None:
-            return _ops().forward_approx(x, variance, offset, self.weight, self.lam, self.kappa, self.eps)
-        return _ops().add_forward_approx(x, residual, variance, offset, self.weight, self.lam, self.kappa, self.eps)
+            return F.forward_approx(x, variance, offset, self.weight, self.lam, self.kappa, self.eps)
+        return F.add_forward_approx(x, residual, variance, offset, self.weight, self.lam, self.kappa, self.eps)
 
     def forward_add(self, x: Tensor, residual: Tensor, variance: Tensor) -> Tuple[Tensor, Tensor]:
         """self(x, variance, residual): (y, sum) with sum = x + residual."""

@@ -5,7 +5,8 @@ from typing import Any, Optional, Tuple
 import torch
 from torch import Tensor, nn
 
-from bhyt.modules import BHyT, BHyTApprox, _check_rows, _ops
+from bhyt import functional as F
+from bhyt.modules import BHyT, BHyTApprox, _check_rows
 
 
 class QuantizedSite(nn.Module):
@@ -33,9 +34,9 @@ class QuantizedBHyT(QuantizedSite, BHyT):
         self._check(x)
         results: Tuple[Tensor, ...]
         if residual is None:
-            results = _ops().forward_quantized(x, *self._quantization())
+            results = F.forward_quantized(x, *self._quantization())
             return results if return_variance else results[0]
-        results = _ops().add_forward_quantized(x, residual, *self._quantization())
+        results = F.add_forward_quantized(x, residual, *self._quantization())
         return results if return_variance else results[:2]
 
 
@@ -46,5 +47,5 @@ class QuantizedBHyTApprox(QuantizedSite, BHyTApprox):
         self._check(x)
         offset = self._offset()
         if residual is None:
-            return _ops().forward_approx_quantized(x, variance, offset, *self._quantization())
-        return _ops().add_forward_approx_quantized(x, residual, variance, offset, *self._quantization())
+            return F.forward_approx_quantized(x, variance, offset, *self._quantization())
+        return F.add_forward_approx_quantized(x, residual, variance, offset, *self._quantization())
