@@ -121,7 +121,7 @@ class Build(BuildExtension):
 
 major, minor = torch.__version__.split(".")[:2]
 setup(
-    packages=["bhyt", "bhyt.hf", "bhyt.quantization"],
+    packages=["bhyt", "bhyt.hf", "bhyt.hf.families", "bhyt.quantization"],
     ext_modules=[extension()],
     cmdclass={"build_ext": Build.with_options(use_ninja=True)},
     options={"bdist_wheel": {"py_limited_api": "cp310"}},

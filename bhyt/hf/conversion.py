@@ -1,15 +1,16 @@
 """A model in memory becomes one with BHyT sites; `transformers` loads it from then on as what it is."""
 
 import warnings
-from dataclasses import asdict
 from typing import Any, Iterator, Optional
 
 from torch import nn
 from transformers import PreTrainedModel
 
-from bhyt.hf.classes import BHyTConfigMixin, adopt, config_class
+from bhyt.hf.config import SITE_FIELDS, BHyTConfigMixin, SiteFields
+from bhyt.hf.families import config_class
 from bhyt.hf.layer import ConvertedLayer, decoder_layers
-from bhyt.hf.sites import NORM_TYPES, Plan, SiteFields
+from bhyt.hf.model import adopt
+from bhyt.hf.sites import NORM_TYPES, Plan
 
 
 def convert(
@@ -83,8 +84,8 @@ def convert(
         )
     sites = plan.install(config, warm_start)
     config.__class__ = converted_class
-    for name, value in asdict(plan.fields).items():
-        setattr(config, name, value)
+    for name in SITE_FIELDS:
+        setattr(config, name, getattr(plan.fields, name))
     adopt(model, config)
     if not any(parameter.is_meta for parameter in model.parameters()):
         refresh(model)

@@ -4,7 +4,6 @@
     y = h + mlp(post_attention_layernorm(h))
 """
 
-import functools
 import inspect
 from typing import Any, Callable, Dict, Iterator, Optional, Tuple
 
@@ -14,11 +13,12 @@ from torch import Tensor, nn
 from bhyt.hf.offsets import LayerOffset
 from bhyt.hf.projections import active_adapters, active_site
 
+_LAYERS: Dict[Any, Any] = {}  # a layer class of transformers -> the class in front of it
 PARTS = ("input_layernorm", "self_attn", "post_attention_layernorm", "mlp")
 
 
 class ConvertedLayer(nn.Module):
-    """Mixed into a decoder layer's class: its forward with both sites, the residual add behind attention fused.
+    """In front of a decoder layer's class: its forward with both sites, the residual add behind attention fused.
 
     The variance goes from the first site to the second as a local value: no state, whatever replays the forward.
     """
@@ -31,8 +31,14 @@ class ConvertedLayer(nn.Module):
     approximate: bool  # the second site; a wrapper in its place may hide which it is
     offset_adapters: Tuple[Any, ...] = ()  # those on W_V and W_O for which the offset was computed
     _offset: LayerOffset
-    _returns_tuple: bool  # (hidden_states, ...), as transformers before 4.54 do
+    returns_tuple: bool  # (hidden_states, ...), as transformers before 4.54 do
     _argument_names: Tuple[str, ...]  # of the layer's forward, behind hidden_states
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if ConvertedLayer in cls.__bases__:  # not what FSDP2 derives
+            base = cls.__bases__[-1]
+            _LAYERS[base], cls._argument_names = cls, argument_names(base)
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         kwargs.update(zip(self._argument_names, args))
@@ -52,7 +58,7 @@ class ConvertedLayer(nn.Module):
             branch, weights = self.self_attn(hidden_states=y, **kwargs)[:2]
             y, hidden_states = self.post_attention_layernorm(branch, residual=hidden_states)
         hidden_states = hidden_states + self.mlp(y)
-        if not self._returns_tuple:
+        if not self.returns_tuple:
             return hidden_states
         return (hidden_states, weights) if kwargs.get("output_attentions") else (hidden_states,)
 
@@ -94,9 +100,6 @@ class ConvertedLayer(nn.Module):
         if self.approximate:
             self.offset.trust(self, self.offset.is_fresh())
 
-    def __reduce__(self) -> Tuple[Any, ...]:  # the class is made at run time: pickle and deepcopy make it again
-        return _empty_layer, (type(self).__mro__[2], self._returns_tuple), self.__dict__
-
 
 def after_loading(layer: ConvertedLayer, incompatible_keys: Any) -> None:
     """A hook behind load_state_dict: an offset that came with weights is theirs."""
@@ -114,21 +117,9 @@ def _settle_outside(layer: ConvertedLayer) -> Optional[Tensor]:
     return layer.offset.settle(layer)
 
 
-@functools.cache
-def converted_class(layer_class: Any, returns_tuple: bool) -> Any:
-    """The subclass that takes layer_class's place, of the same name, which wrapping policies look for."""
-    attributes = {
-        "_argument_names": argument_names(layer_class),
-        "_returns_tuple": returns_tuple,
-        "__module__": layer_class.__module__,
-        "__doc__": layer_class.__doc__,
-    }
-    return type(layer_class.__name__, (ConvertedLayer, layer_class), attributes)
-
-
-def _empty_layer(layer_class: Any, returns_tuple: bool) -> Any:
-    converted = converted_class(layer_class, returns_tuple)
-    return converted.__new__(converted)
+def layer_class(base: Any) -> Any:
+    """The family's class in front of `base`, of the same name, which wrapping policies look for; or one made now."""
+    return _LAYERS.get(base) or type(base.__name__, (ConvertedLayer, base), {})
 
 
 def argument_names(layer_class: Any) -> Tuple[str, ...]:

@@ -6,7 +6,8 @@ from typing import Any, Dict, Optional
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.models.auto import modeling_auto
 
-from bhyt.hf.classes import BHyTConfigMixin, config_class
+from bhyt.hf.config import BHyTConfigMixin
+from bhyt.hf.families import config_class
 from bhyt.hf.sites import NORM_TYPES
 
 # Fields of the authors' code that change what a model computes, and the values that this package computes.

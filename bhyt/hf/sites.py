@@ -1,32 +1,17 @@
 """Which sites a model gets: what its config says of them, and putting them in the places of its norms."""
 
-from dataclasses import dataclass, replace
-from typing import Any, List, Optional
+from dataclasses import replace
+from typing import Any, List
 
 import torch
 from torch import nn
 
 from bhyt.hf.checks import check_attention, check_layer, check_norm
-from bhyt.hf.layer import PARTS, after_loading, converted_class, decoder_layers
+from bhyt.hf.config import SiteFields
+from bhyt.hf.layer import PARTS, after_loading, decoder_layers, layer_class
 from bhyt.modules import BHyT, BHyTApprox
 
 NORM_TYPES = ("bhyt", "bhytline", "bhytstar")
-
-
-@dataclass(frozen=True)
-class SiteFields:
-    """The fields that a BHyT model's config has more than its base's; see `bhyt.hf.convert`. Names are the authors'."""
-
-    norm_type: str = "bhyt"
-    input_layer_lam: float = 2.0
-    post_layer_lam: float = 1.0
-    last_layer_lam: float = 0.0
-    learnable_lam: bool = True
-    bhyt_kappa: float = 10.0
-    bhyt_eps: Optional[float] = None
-    seq_len: Optional[int] = None
-    use_gamma_var: bool = False
-    var_approx_exact_layers: int = 0
 
 
 class Plan:
@@ -58,8 +43,7 @@ class Plan:
                 "seq_len: approximate sites need the sequence length the model is built for (or norm_type='bhytstar');"
                 f" the model's max_position_embeddings is {longest}"
             )
-        kinds: List[Any] = [type(layer) for layer in self._layers]
-        self._classes = [converted_class(kind, check_layer(layer)) for kind, layer in zip(kinds, self._layers)]
+        self._return_tuples = [check_layer(layer) for layer in self._layers]
         self._final = _owner_of_final_norm(model, self._layers) if fields.last_layer_lam > 0 and not exact else None
         self.norms: List[Any] = []
         for layer in self._layers:
@@ -72,14 +56,14 @@ class Plan:
     def install(self, config: Any, warm_start: bool = False) -> int:
         """Put the sites in, with the norms' gains; `config` is what the layers will read. Returns their number."""
         fields = self.fields
-        for layer, layer_class in zip(self._layers, self._classes):
-            layer.config, layer.approximate = config, layer in self._approximate
+        for layer, returns_tuple in zip(self._layers, self._return_tuples):
+            layer.config, layer.approximate, layer.returns_tuple = config, layer in self._approximate, returns_tuple
             layer.input_layernorm = self._site(layer.input_layernorm, BHyT, fields.input_layer_lam, warm_start)
             second = BHyTApprox if layer.approximate else BHyT
             layer.post_attention_layernorm = self._site(
                 layer.post_attention_layernorm, second, fields.post_layer_lam, warm_start
             )
-            layer.__class__ = layer_class
+            layer.__class__ = layer_class(type(layer))
             layer.register_load_state_dict_post_hook(after_loading)
         if self._final is not None:
             self._final.norm = self._site(self._final.norm, BHyT, fields.last_layer_lam, warm_start)

@@ -1,0 +1,92 @@
+"""What the config of a BHyT model has beyond its base's: the fields of its sites, and how it is saved."""
+
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any, Dict, Optional, Union
+
+import transformers
+from transformers import PretrainedConfig
+
+from bhyt.hf import tables
+
+_validated: Any = None
+try:
+    from huggingface_hub.dataclasses import strict as _validated
+except ImportError:  # an older one
+    pass
+
+_CODE_FILE = "modeling_bhyt.py"
+_DATACLASSES = hasattr(PretrainedConfig, "__dataclass_fields__")  # since transformers 5
+
+
+def strict(cls: Any) -> Any:
+    """A class decorator: values of a wrong type are an error, as they are for the fields of the base's config."""
+    return _validated(cls) if _validated is not None and hasattr(cls, "__dataclass_fields__") else cls
+
+
+@strict
+@dataclass(repr=False, eq=False, kw_only=True)
+class SiteFields:
+    """The fields that a BHyT model's config has more than its base's; see `bhyt.hf.convert`. Names are the authors'."""
+
+    norm_type: str = "bhyt"
+    input_layer_lam: Union[int, float] = 2.0
+    post_layer_lam: Union[int, float] = 1.0
+    last_layer_lam: Union[int, float] = 0.0
+    learnable_lam: bool = True
+    bhyt_kappa: Union[int, float] = 10.0
+    bhyt_eps: Union[int, float, None] = None
+    seq_len: Optional[int] = None
+    use_gamma_var: bool = False
+    var_approx_exact_layers: int = 0
+
+
+SITE_FIELDS = tuple(field.name for field in fields(SiteFields))
+
+
+class BHyTConfigMixin(SiteFields):
+    """Marks a config whose model has BHyT sites; in front of the config of its family."""
+
+    model_type: str
+
+    if not _DATACLASSES:
+
+        def __init__(self, **kwargs: Any) -> None:
+            sites = SiteFields(**{name: kwargs.pop(name) for name in SITE_FIELDS if name in kwargs})
+            super(SiteFields, self).__init__(**kwargs)
+            vars(self).update(vars(sites))
+
+    def site_fields(self) -> SiteFields:
+        return SiteFields(**{name: getattr(self, name) for name in SITE_FIELDS})
+
+    @classmethod
+    def from_dict(cls, config_dict: Dict[str, Any], **kwargs: Any) -> Any:
+        if config_dict.get("model_type", cls.model_type) != cls.model_type:
+            raise ValueError(
+                f"config: expected model_type {cls.model_type}, got {config_dict['model_type']}; load that model"
+                " and bhyt.hf.convert it, or bhyt.hf.from_pretrained for a folder of the authors"
+            )
+        return super().from_dict(config_dict, **kwargs)  # type: ignore[misc]
+
+    def to_dict(self) -> Dict[str, Any]:
+        tables.extend_imported()  # PEFT asks for this before it looks the model type up
+        result: Dict[str, Any] = super().to_dict()  # type: ignore[misc]
+        return result
+
+    def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
+        """Beside config.json, the lines by which trust_remote_code finds these classes where bhyt is installed."""
+        module = _CODE_FILE.removesuffix(".py")
+        self.auto_map = {auto: f"{module}.{name}" for auto, name in tables.class_names(type(self)).items()}
+        super().save_pretrained(save_directory, *args, **kwargs)  # type: ignore[misc]
+
+    def to_json_file(self, json_file_path: Any, *args: Any, **kwargs: Any) -> None:
+        """The code first: what is pushed to a hub is pushed as soon as config.json is written."""
+        if Path(json_file_path).name == transformers.CONFIG_NAME:
+            names = ", ".join(sorted(set(tables.class_names(type(self)).values())))
+            code = '"""A BHyT model (arXiv 2601.09719): needs bhyt, whose classes it names."""'
+            Path(json_file_path).with_name(_CODE_FILE).write_text(f"{code}\n\nfrom bhyt.hf import {names}\n")
+        super().to_json_file(json_file_path, *args, **kwargs)  # type: ignore[misc]
+
+    @classmethod
+    def register_for_auto_class(cls, auto_class: str = "AutoConfig") -> None:
+        """Nothing: see `BHyTModelMixin.register_for_auto_class`."""

@@ -1,0 +1,44 @@
+"""Qwen2 with BHyT sites."""
+
+from transformers import (
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen2ForQuestionAnswering,
+    Qwen2ForSequenceClassification,
+    Qwen2ForTokenClassification,
+    Qwen2Model,
+)
+from transformers.models.qwen2 import modeling_qwen2
+
+from bhyt.hf.config import BHyTConfigMixin, strict
+from bhyt.hf.layer import ConvertedLayer
+from bhyt.hf.model import BHyTModelMixin
+
+
+@strict
+class BHyTQwen2Config(BHyTConfigMixin, Qwen2Config):
+    model_type = "bhyt_qwen2"
+
+
+class Qwen2DecoderLayer(ConvertedLayer, modeling_qwen2.Qwen2DecoderLayer):
+    pass
+
+
+class BHyTQwen2Model(BHyTModelMixin, Qwen2Model):
+    config_class = BHyTQwen2Config
+
+
+class BHyTQwen2ForCausalLM(BHyTModelMixin, Qwen2ForCausalLM):
+    config_class = BHyTQwen2Config
+
+
+class BHyTQwen2ForSequenceClassification(BHyTModelMixin, Qwen2ForSequenceClassification):
+    config_class = BHyTQwen2Config
+
+
+class BHyTQwen2ForTokenClassification(BHyTModelMixin, Qwen2ForTokenClassification):
+    config_class = BHyTQwen2Config
+
+
+class BHyTQwen2ForQuestionAnswering(BHyTModelMixin, Qwen2ForQuestionAnswering):
+    config_class = BHyTQwen2Config

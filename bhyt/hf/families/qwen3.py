@@ -1,0 +1,44 @@
+"""Qwen3 with BHyT sites."""
+
+from transformers import (
+    Qwen3Config,
+    Qwen3ForCausalLM,
+    Qwen3ForQuestionAnswering,
+    Qwen3ForSequenceClassification,
+    Qwen3ForTokenClassification,
+    Qwen3Model,
+)
+from transformers.models.qwen3 import modeling_qwen3
+
+from bhyt.hf.config import BHyTConfigMixin, strict
+from bhyt.hf.layer import ConvertedLayer
+from bhyt.hf.model import BHyTModelMixin
+
+
+@strict
+class BHyTQwen3Config(BHyTConfigMixin, Qwen3Config):
+    model_type = "bhyt_qwen3"
+
+
+class Qwen3DecoderLayer(ConvertedLayer, modeling_qwen3.Qwen3DecoderLayer):
+    pass
+
+
+class BHyTQwen3Model(BHyTModelMixin, Qwen3Model):
+    config_class = BHyTQwen3Config
+
+
+class BHyTQwen3ForCausalLM(BHyTModelMixin, Qwen3ForCausalLM):
+    config_class = BHyTQwen3Config
+
+
+class BHyTQwen3ForSequenceClassification(BHyTModelMixin, Qwen3ForSequenceClassification):
+    config_class = BHyTQwen3Config
+
+
+class BHyTQwen3ForTokenClassification(BHyTModelMixin, Qwen3ForTokenClassification):
+    config_class = BHyTQwen3Config
+
+
+class BHyTQwen3ForQuestionAnswering(BHyTModelMixin, Qwen3ForQuestionAnswering):
+    config_class = BHyTQwen3Config

@@ -1,0 +1,131 @@
+"""What a BHyT model is beyond its base: sites in the places of norms, put in when it is built from its config.
+
+`bhyt_llama` is to `llama` what `BHyTLlamaForCausalLM` is to `LlamaForCausalLM`: the same class, whose norms become
+sites. All loading is done by `transformers`. The families are in `bhyt.hf.families`.
+"""
+
+import math
+from typing import Any, Dict
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel, modeling_utils
+
+from bhyt.hf.config import BHyTConfigMixin
+from bhyt.hf.layer import ConvertedLayer
+from bhyt.hf.projections import active_site
+from bhyt.hf.sites import Plan
+from bhyt.modules import BHyT, BHyTApprox
+from bhyt.quantization import quantized_as
+
+_OFFSET, _WEIGHT_SCALE = "variance_offset", "weight_scale"
+_MODELS: Dict[Any, Any] = {}  # a class of transformers -> the BHyT class in front of it
+
+
+class BHyTModelMixin(nn.Module):
+    """Marks a model with BHyT sites; in front of a model class of its family."""
+
+    config_class: Any
+    _base: Any  # the model class behind
+    _keys_to_ignore_on_load_missing: Any
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if BHyTModelMixin in cls.__bases__:  # not what FSDP2 derives
+            cls._base = cls.__bases__[-1]
+            _MODELS[cls._base] = cls
+            cls._keys_to_ignore_on_load_missing = [*(cls._base._keys_to_ignore_on_load_missing or []), _OFFSET]
+
+    def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
+        if not isinstance(config, BHyTConfigMixin):
+            raise TypeError(
+                f"config: expected a {self.config_class.__name__}, got {type(config).__name__};"
+                " bhyt.hf.convert turns a model of that config into one with BHyT sites"
+            )
+        super().__init__(config, *args, **kwargs)
+        if any(isinstance(module, ConvertedLayer) for module in self.modules()):
+            return  # a head's body has them already
+        Plan(self, config.site_fields()).install(config)
+        adopt(self, config)
+        quantized = getattr(config, "bhyt_quantization", None)  # what bhyt.quantization.quantize noted
+        if quantized:
+            quantized_as(self, **quantized)
+        else:
+            settle(self)
+        self._keep_in_float32()
+
+    def _keep_in_float32(self) -> None:
+        """Buffers that are float32 in the file, when loaded as another dtype. transformers 4 keeps the dtype of each."""
+        kept = getattr(self, "_keep_in_fp32_modules_strict", None)
+        if isinstance(kept, set):
+            buffers = [name for name, _ in self.named_buffers()]
+            kept |= {name for name in (_OFFSET, _WEIGHT_SCALE) if any(b.endswith(name) for b in buffers)}
+
+    def _init_weights(self, module: Any) -> None:
+        """For what a checkpoint lacks; transformers sees to it that what it has is left alone."""
+        if isinstance(module, (BHyT, BHyTApprox)):
+            module.reset_parameters()
+        else:
+            super()._init_weights(module)  # type: ignore[misc]
+
+    def init_weights(self) -> None:
+        super().init_weights()  # type: ignore[misc]
+        settle(self)
+
+    def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
+        settle(self)
+        super().save_pretrained(*args, **kwargs)  # type: ignore[misc]
+
+    @classmethod
+    def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
+        loaded = super().from_pretrained(*args, **kwargs)  # type: ignore[misc]
+        model = loaded[0] if isinstance(loaded, tuple) else loaded
+        settle(model)
+        if getattr(model.config, "bhyt_quantization", None):
+            model.requires_grad_(False)  # loading made new Parameters
+        return loaded
+
+    @classmethod
+    def register_for_auto_class(cls, auto_class: str = "AutoModel") -> None:
+        """Nothing: it would copy this package's source beside the weights; the config writes what is needed."""
+
+    # Answered by a look at the source of the class that is asked.
+    @classmethod
+    def _can_set_attn_implementation(cls) -> bool:
+        return bool(cls._base._can_set_attn_implementation())
+
+    @classmethod
+    def _can_set_experts_implementation(cls) -> bool:
+        return bool(cls._base._can_set_experts_implementation())
+
+
+def settle(model: nn.Module) -> None:
+    """Offsets that came with the weights stay; those that did not follow from the weights, if these are here."""
+    for layer in model.modules():
+        if isinstance(layer, ConvertedLayer) and layer.approximate:
+            site = active_site(layer.post_attention_layernorm)
+            if site.variance_offset.is_meta and not site.lam.is_meta:  # transformers 4 leaves there what may be missing
+                site.variance_offset = torch.full_like(site.variance_offset, math.nan, device=site.lam.device)
+            layer.settle()
+
+
+def adopt(model: nn.Module, config: Any) -> None:
+    """Make every transformers model of this config in `model` an instance of its BHyT class."""
+    for module in model.modules():
+        if isinstance(module, PreTrainedModel) and module.config is config and not isinstance(module, BHyTModelMixin):
+            module.__class__ = _class_in_front_of(type(module), type(config))
+            vars(module).pop("_weight_conversions", None)  # how the plain model was loaded, and would be saved
+            _note_outputs(module)
+
+
+def _class_in_front_of(base: Any, config: Any) -> Any:
+    """The family's class, or one made now for a model class of somebody else's."""
+    made = _MODELS.get(base)
+    return made or type(f"BHyT{base.__name__}", (BHyTModelMixin, base), {"config_class": config})
+
+
+def _note_outputs(model: Any) -> None:
+    """What output_attentions and the like record is looked up by class, for classes whose __init__ has run."""
+    registry: Any = getattr(modeling_utils, "_CAN_RECORD_REGISTRY", None)
+    if registry is not None:
+        registry[str(type(model)) if type(registry) is dict else model] = model._can_record_outputs
