@@ -1,6 +1,6 @@
-"""Draws the figures of docs/study.md and writes its tables, from the results of run.py.
+"""Draws the figures of research/study.md and writes its tables, from the results of run.py.
 
-    python benchmarks/study/figures.py --preset cpu
+    python research/study/figures.py --preset cpu
 
 A table or figure stands between `<!-- study:NAME -->` and `<!-- /study:NAME -->`; what is between them is replaced.
 Where the runs of one are missing, nothing stands there.
@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Any, Callable
 
 HERE = Path(__file__).resolve().parent
-sys.path[1:1] = [str(HERE.parent.parent / "examples")]
+ROOT = HERE.parent.parent
+sys.path[1:1] = [str(ROOT / "examples")]
 
 import matplotlib  # noqa: E402
 
@@ -30,7 +31,7 @@ from pretraining.plot import STYLE  # noqa: E402
 from tables import ESTIMATES, LABELS, TABLES, Study, average, finished  # noqa: E402
 
 STYLES = STYLE | {UNIT: ("black", "*", LABELS[UNIT])}
-PAGE = HERE.parent.parent / "docs" / "study.md"
+PAGE = ROOT / "research" / "study.md"
 MARKED = re.compile(r"(<!-- study:(?P<name>[\w-]+) -->\n).*?(<!-- /study:(?P=name) -->)", re.DOTALL)
 
 
@@ -241,7 +242,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n", 1)[0])
     parser.add_argument("--preset", choices=PRESETS, default="cpu", help="of the runs (default: %(default)s)")
     parser.add_argument("--results", type=Path, metavar="DIR", help="default: results/PRESET beside this script")
-    parser.add_argument("--page", type=Path, default=PAGE, help="default: docs/study.md; figures/ is beside it")
+    parser.add_argument("--page", type=Path, default=PAGE, help="default: research/study.md; figures/ is beside it")
     arguments = parser.parse_args(argv)
     folder = arguments.results or HERE / "results" / arguments.preset
     study = Study(PRESETS[arguments.preset], read_results(sorted(folder.glob("*.json"))))

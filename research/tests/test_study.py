@@ -1,4 +1,4 @@
-"""benchmarks/study in miniature: it trains, goes on, measures what it says, and writes its page."""
+"""research/study in miniature: it trains, goes on, measures what it says, and writes its page."""
 
 import json
 import math
@@ -15,8 +15,8 @@ import torch
 pytest.importorskip("matplotlib")
 pytest.importorskip("tqdm")
 
-ROOT = Path(__file__).resolve().parent.parent
-STUDY = ROOT / "benchmarks" / "study"
+ROOT = Path(__file__).resolve().parent.parent.parent
+STUDY = ROOT / "research" / "study"
 sys.path[:0] = [str(STUDY), str(ROOT / "benchmarks"), str(ROOT / "examples")]
 
 import figures  # noqa: E402
@@ -421,7 +421,7 @@ def test_measuring_leaves_the_run_alone(text, tmp_path):
 
 def page_of(tmp_path: Path) -> Path:
     """The page of the repository, without what was measured."""
-    page = (ROOT / "docs" / "study.md").read_text()
+    page = (ROOT / "research" / "study.md").read_text()
     empty = figures.MARKED.sub(lambda match: match[1] + match[3], page)
     assert {match["name"] for match in figures.MARKED.finditer(page)} == {*figures.TABLES, *figures.FIGURES}
     (tmp_path / "study.md").write_text(empty)

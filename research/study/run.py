@@ -1,8 +1,8 @@
 r"""Trains all models of the study and writes one JSON file per run.
 
-    python benchmarks/study/run.py --preset cpu --text c4.jsonl      about 2.5 hours on 2 CPU cores
-    python benchmarks/study/run.py --preset gpu --text c4.jsonl      deeper, wider, longer, on one GPU
-    python benchmarks/study/figures.py --preset cpu                  the figures and tables of docs/study.md
+    python research/study/run.py --preset cpu --text c4.jsonl      about 2.5 hours on 2 CPU cores
+    python research/study/run.py --preset gpu --text c4.jsonl      deeper, wider, longer, on one GPU
+    python research/study/figures.py --preset cpu                  the figures and tables of research/study.md
 
 A run whose file is there is not repeated: start the same command again after an interruption, and what was unfinished
 starts anew. First every norm gets the same search over learning rates, further down where the lowest is the best; then the rest runs
@@ -25,7 +25,8 @@ from pathlib import Path
 from typing import Any, Callable, Mapping, Sequence
 
 HERE = Path(__file__).resolve().parent
-sys.path[1:1] = [str(HERE.parent), str(HERE.parent.parent / "examples")]
+ROOT = HERE.parent.parent
+sys.path[1:1] = [str(ROOT / "benchmarks"), str(ROOT / "examples")]
 
 import torch  # noqa: E402
 from tqdm import tqdm  # noqa: E402
