@@ -26,8 +26,9 @@ import matplotlib.pyplot as plt  # noqa: E402
 from matplotlib.axes import Axes  # noqa: E402
 from matplotlib.figure import Figure  # noqa: E402
 
-from jobs import NORMS, PRESETS, SAME_RATE, UNIT, final_loss, read_results, search  # noqa: E402
+from jobs import NORMS, PRESETS, SAME_RATE, UNIT, final_loss, search  # noqa: E402
 from pretraining.plot import STYLE  # noqa: E402
+from results import SUFFIX, read_results  # noqa: E402
 from tables import ESTIMATES, LABELS, TABLES, Study, average, finished  # noqa: E402
 
 STYLES = STYLE | {UNIT: ("black", "*", LABELS[UNIT])}
@@ -241,11 +242,14 @@ def save(figure: Figure | None, path: Path) -> bool:
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n", 1)[0])
     parser.add_argument("--preset", choices=PRESETS, default="cpu", help="of the runs (default: %(default)s)")
-    parser.add_argument("--results", type=Path, metavar="DIR", help="default: results/PRESET beside this script")
+    parser.add_argument("--results", type=Path, metavar="FILE",
+                        help=f"default: results/PRESET{SUFFIX} beside this script")
     parser.add_argument("--page", type=Path, default=PAGE, help="default: research/study.md; figures/ is beside it")
     arguments = parser.parse_args(argv)
-    folder = arguments.results or HERE / "results" / arguments.preset
-    study = Study(PRESETS[arguments.preset], read_results(sorted(folder.glob("*.json"))))
+    file = arguments.results or HERE / "results" / f"{arguments.preset}{SUFFIX}"
+    study = Study(PRESETS[arguments.preset], read_results(file))
+    if not study.results:
+        raise SystemExit(f"{file}: no results; run.py makes them")
     before = arguments.page.read_text(encoding="utf-8")
     if len(re.findall(r"<!-- /?study:", before)) != 2 * len(MARKED.findall(before)):
         raise SystemExit(f"{arguments.page}: a study: marker without its partner")

@@ -1,12 +1,9 @@
-"""What the study trains: its presets, and one job per training run with the file that keeps its result."""
+"""What the study trains: its presets, and one job per training run."""
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any, Mapping, Sequence
 
 NORMS = (
@@ -166,21 +163,3 @@ def experiments(preset: Preset, lrs: Mapping[str, float]) -> list[Job]:
 def final_loss(result: Result) -> float:
     """The last held-out loss in nats per byte; infinite for a run that diverged."""
     return math.inf if result["diverged"] else result["measurements"][-1]["loss"]
-
-
-def result_path(folder: Path, common: Mapping[str, Any], job: Job) -> Path:
-    """Any other setting, of the job or of the study (`common`), is another file."""
-    settings = json.dumps([dict(common), asdict(job)], sort_keys=True)
-    digest = hashlib.sha256(settings.encode()).hexdigest()[:10]
-    return folder / f"{job.norm}-lr{job.lr:g}-seed{job.seed}-{digest}.json"
-
-
-def read_results(paths: Sequence[Path]) -> dict[Job, Result]:
-    """
-    Raises:
-        SystemExit: results of different studies, which must not be compared.
-    """
-    results = [json.loads(path.read_text(encoding="utf-8")) for path in paths]
-    if any(result["common"] != results[0]["common"] for result in results):
-        raise SystemExit("results of different presets or texts: give each a folder of its own (run.py --out)")
-    return {Job(**result["job"]): result for result in results}

@@ -1,10 +1,10 @@
-r"""Trains all models of the study and writes one JSON file per run.
+r"""Trains all models of the study and adds their results to one file.
 
     python research/study/run.py --preset cpu --text c4.jsonl      about 2.5 hours on 2 CPU cores
     python research/study/run.py --preset gpu --text c4.jsonl      deeper, wider, longer, on one GPU
     python research/study/figures.py --preset cpu                  the figures and tables of research/study.md
 
-A run whose file is there is not repeated: start the same command again after an interruption, and what was unfinished
+A run that has its result is not repeated: start the same command again after an interruption, and what was unfinished
 starts anew. First every norm gets the same search over learning rates, further down where the lowest is the best; then the rest runs
 at the best of each.
 """
@@ -12,7 +12,6 @@ at the best of each.
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import multiprocessing
 import os
@@ -22,7 +21,7 @@ import time
 from concurrent.futures import FIRST_EXCEPTION, ProcessPoolExecutor, wait
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Callable, Mapping, Sequence
+from typing import Any, Callable, Sequence
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
@@ -32,13 +31,13 @@ import torch  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
 from common import environment  # noqa: E402
-from jobs import (  # noqa: E402
-    PRESETS, Job, Preset, Results, best_lrs, experiments, read_results, result_path, searches,
-)
+from jobs import PRESETS, Job, Preset, Results, best_lrs, experiments, searches  # noqa: E402
 from measure import measure  # noqa: E402
 from pretraining.data import VOCAB, Corpus, load_corpus  # noqa: E402
+from pretraining.files import locked  # noqa: E402
 from pretraining.model import ModelConfig  # noqa: E402
 from pretraining.train import Run, TrainConfig  # noqa: E402
+from results import SUFFIX, merge, read_results, runs_folder, write_run  # noqa: E402
 from variants import block_of  # noqa: E402
 
 RECORDS = 50  # of the training loss in one run
@@ -113,17 +112,17 @@ def rounded(value: Any) -> Any:
 # ---- processes: one per core, each with one thread
 
 
-def start_worker(preset: Preset, corpus: Corpus, common: dict, folder: Path, steps: Any) -> None:
+def start_worker(preset: Preset, corpus: Corpus, common: dict, file: Path, steps: Any) -> None:
     """steps: a counter shared by all workers."""
     global worker
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     if preset.device == "cpu":
         torch.set_num_threads(1)
-    worker = (preset, corpus, common, folder, steps)
+    worker = (preset, corpus, common, file, steps)
 
 
 def work(job: Job) -> None:
-    preset, corpus, common, folder, steps = worker
+    preset, corpus, common, file, steps = worker
     where = environment()
 
     def count(number: int = 1) -> None:
@@ -132,19 +131,12 @@ def work(job: Job) -> None:
 
     result = train(job, preset, corpus, count)
     count(job.steps - result["train"][-1]["step"])  # those that a diverged run leaves out
-    path = result_path(folder, common, job)
-    unfinished = path.with_suffix(".tmp")
-    unfinished.write_text(
-        json.dumps({"job": asdict(job), "common": common, "environment": where, **result}), encoding="utf-8"
-    )
-    os.replace(unfinished, path)
+    write_run(file, {"job": asdict(job), "common": common, "environment": where, **result})
 
 
-def run_all(
-    name: str, jobs: Sequence[Job], pool: ProcessPoolExecutor, path_of: Callable[[Job], Path], steps: Any
-) -> None:
+def run_all(name: str, jobs: Sequence[Job], results: Results, pool: ProcessPoolExecutor, steps: Any) -> None:
     """Runs those of the jobs that have no result yet; the bar counts the training steps of all."""
-    missing = [job for job in jobs if not path_of(job).exists()]
+    missing = [job for job in jobs if job not in results]
     total, start = sum(job.steps for job in jobs), sum(job.steps for job in jobs if job not in missing)
     interval = 0.2 if sys.stderr.isatty() else 10.0
     with tqdm(desc=name, initial=start, total=total, unit="step", mininterval=interval) as bar:
@@ -156,7 +148,7 @@ def run_all(
             bar.update(start + steps.value - before - bar.n)
 
 
-def common_settings(preset: Preset, corpus: Corpus) -> Mapping[str, Any]:
+def common_settings(preset: Preset, corpus: Corpus) -> dict[str, Any]:
     """What all runs of a study share: results that differ in it are not comparable."""
     model = {key: value for key, value in asdict(preset).items() if key in
              {"layers", "dim", "heads", "kv_heads", "seq_len", "batch", "device", "dtype"}}
@@ -171,7 +163,8 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--preset", choices=PRESETS, default="cpu", help="which sizes (default: %(default)s)")
     parser.add_argument("--text", nargs="+", type=Path, metavar="FILE", default=[],
                         help='plain text, or .jsonl with a "text" per line (default: Python\'s own sources)')
-    parser.add_argument("--out", type=Path, metavar="DIR", help="results (default: results/PRESET beside this script)")
+    parser.add_argument("--out", type=Path, metavar="FILE",
+                        help=f"results (default: results/PRESET{SUFFIX} beside this script)")
     parser.add_argument("--processes", type=int, metavar="N",
                         help="runs at a time (default: one per core on the CPU, one on a GPU)")
     return parser.parse_args(argv)
@@ -180,31 +173,34 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> int:
     arguments = parse_arguments(argv)
     preset = PRESETS[arguments.preset]
-    folder = arguments.out or HERE / "results" / arguments.preset
+    file = arguments.out or HERE / "results" / f"{arguments.preset}{SUFFIX}"
     processes = arguments.processes or (os.cpu_count() if preset.device == "cpu" else 1)
     corpus = load_corpus(arguments.text, preset.seq_len)
     common = common_settings(preset, corpus)
-    folder.mkdir(parents=True, exist_ok=True)
+    runs_folder(file).mkdir(parents=True, exist_ok=True)
+    with locked(runs_folder(file)):
+        status = run_study(preset, corpus, common, file, processes)
+        print(f"{merge(file)} results in {file}")
+    return status
+
+
+def run_study(preset: Preset, corpus: Corpus, common: dict, file: Path, processes: int) -> int:
+    """Trains whatever has no result yet; 130 if it was interrupted."""
+    results = read_results(file, common)
     context = multiprocessing.get_context("spawn")
     steps = context.Value("q", 0)
-
-    def path_of(job: Job) -> Path:
-        return result_path(folder, common, job)
-
     pool = ProcessPoolExecutor(
-        processes, context, initializer=start_worker, initargs=(preset, corpus, common, folder, steps)
+        processes, context, initializer=start_worker, initargs=(preset, corpus, common, file, steps)
     )
     try:
-        results: Results = {}
-        while len(search := searches(preset, results)) > len(results):
-            run_all("learning rates", search, pool, path_of, steps)
-            results = read_results([path_of(job) for job in search])
-        run_all("experiments", experiments(preset, best_lrs(preset, results)), pool, path_of, steps)
+        while not results.keys() >= {*(search := searches(preset, results))}:
+            run_all("learning rates", search, results, pool, steps)
+            results = read_results(file, common)
+        run_all("experiments", experiments(preset, best_lrs(preset, results)), results, pool, steps)
     except KeyboardInterrupt:
         return 130
     finally:
         pool.shutdown(cancel_futures=True)
-    print(f"{len(list(folder.glob('*.json')))} results in {folder}")
     return 0
 
 

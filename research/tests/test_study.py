@@ -1,8 +1,8 @@
 """research/study in miniature: it trains, goes on, measures what it says, and writes its page."""
 
 import json
+import lzma
 import math
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -22,6 +22,7 @@ sys.path[:0] = [str(STUDY), str(ROOT / "benchmarks"), str(ROOT / "examples")]
 import figures  # noqa: E402
 import jobs  # noqa: E402
 import measure  # noqa: E402
+import results as store  # noqa: E402
 import run as study  # noqa: E402
 import tables  # noqa: E402
 from jobs import PRESETS, Job  # noqa: E402
@@ -52,26 +53,36 @@ def run_study(text: Path, out: Path) -> None:
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory, text) -> Path:
-    out = tmp_path_factory.mktemp("study")
+    out = tmp_path_factory.mktemp("study") / f"smoke{store.SUFFIX}"
     run_study(text, out)
     return out
 
 
-def strict_json(path: Path) -> dict:
-    def refuse(constant: str) -> None:
-        raise ValueError(f"{path}: {constant} is not JSON")
+def lines_of(file: Path) -> list[str]:
+    return lzma.decompress(file.read_bytes()).decode().splitlines()
 
-    return json.loads(path.read_text(), parse_constant=refuse)
+
+def write_lines(file: Path, lines: list[str]) -> Path:
+    file.write_bytes(lzma.compress("".join(f"{line}\n" for line in lines).encode()))
+    return file
+
+
+def strict_records(file: Path) -> list[dict]:
+    def refuse(constant: str) -> None:
+        raise ValueError(f"{file}: {constant} is not JSON")
+
+    return [json.loads(line, parse_constant=refuse) for line in lines_of(file)]
 
 
 # ---- run.py
 
 
-def test_every_run_has_a_complete_file(results):
-    """11 norms x 2 rates, one more where the lower is the best; then 12 x 2 seeds, 5 variants, 2 refreshes, 2 bounds, LNS, and short runs of 2 x 3 alphas and
-    of what may explain the distance to RMSNorm; equal tokens for equals."""
-    records = [strict_json(path) for path in results.iterdir()]
-    found = jobs.read_results(sorted(results.iterdir()))
+def test_every_run_has_a_complete_result(results):
+    """11 norms x 2 rates, one more where the lower is the best; then 12 x 2 seeds, 5 variants, 2 refreshes, 2 bounds,
+    LNS, and short runs of 2 x 3 alphas and of what may explain the distance to RMSNorm; equal tokens for equals."""
+    records = strict_records(results)
+    found = store.read_results(results)
+    assert not list(store.runs_folder(results).glob("*.json"))  # all merged
     lrs, searched = jobs.best_lrs(SMOKE, found), jobs.searches(SMOKE, found)
     assert 11 * 2 <= len(searched) == len({*searched} & found.keys()) <= 11 * 3
     assert lrs["pre-crmsnorm"] == lrs["layernorm"] and lrs.keys() >= {*jobs.NORMS, *jobs.VARIANTS}
@@ -95,20 +106,23 @@ def test_every_run_has_a_complete_file(results):
 
 
 def test_goes_on_where_it_was_interrupted(results, text, tmp_path):
-    """What has its file is left alone, bytes and all; what has none, or an unfinished one, has its old numbers."""
-    out = tmp_path / "copy"
-    shutil.copytree(results, out)
-    before = {path.name: path.read_text() for path in out.iterdir()}
-    gone = [next(out.glob("dyt-lr0.001-seed0*")), next(out.glob("bhyt-position-*seed2*"))]
-    for path in gone:
-        path.rename(path.with_suffix(".tmp"))
-        path.with_suffix(".tmp").write_text('{"job": ')
+    """What has its result is left alone, bytes and all, merged or not; what has none, or an unfinished one, gets its
+    old numbers again, in its old place."""
+    before = lines_of(results)
+    gone = [next(i for i, line in enumerate(before) if f'"norm": "{norm}"' in line and f'"seed": {seed}' in line)
+            for norm, seed in (("dyt", 0), ("bhyt-position", 2))]
+    kept = [line for i, line in enumerate(before) if i not in gone]
+    out = write_lines(tmp_path / results.name, kept[2:])
+    store.runs_folder(out).mkdir()
+    for line in kept[:2]:  # of a process that was killed before it merged them
+        store.write_run(out, json.loads(line))
+    (store.runs_folder(out) / "unfinished.tmp").write_text('{"job": ')
     run_study(text, out)
-    after = {path.name: path.read_text() for path in out.iterdir()}
-    assert after.keys() == before.keys()
-    assert {name for name in after if after[name] != before[name]} <= {path.name for path in gone}
-    for path in gone:
-        old, new = json.loads(before[path.name]), json.loads(after[path.name])
+    after = lines_of(out)
+    assert len(after) == len(before)
+    assert {i for i, line in enumerate(after) if line != before[i]} <= {*gone}
+    for i in gone:
+        old, new = json.loads(before[i]), json.loads(after[i])
         for record in (old, new):
             del record["environment"]
             for timed in (*record["train"], *record["measurements"]):
@@ -444,7 +458,7 @@ def test_page(results, tmp_path, monkeypatch):
     assert len(pictures) == len(figures.FIGURES)
     assert all(path.read_bytes().startswith(b"\x89PNG") and f"(figures/{path.name})" in full for path in pictures)
 
-    records = [strict_json(path) for path in results.iterdir()]
+    records = strict_records(results)
     search = [r for r in records if r["job"]["norm"] == "dyt" and r["job"]["seed"] == 0]
     by_rate = {r["job"]["lr"]: r["measurements"][-1]["loss"] for r in search}
     best = min(by_rate, key=by_rate.get)
@@ -473,15 +487,14 @@ def test_errors_of_the_first_block_and_the_others():
 def test_page_of_an_unfinished_study(results, tmp_path, monkeypatch):
     """Only what has all of its runs is shown: here the search, and no comparison."""
     monkeypatch.setattr(figures, "save", lambda figure, path: figure is not None)
-    part = tmp_path / "part"
-    part.mkdir()
-    for path in results.glob("*-seed0-*.json"):
-        shutil.copy(path, part)
+    lines = [line for line in lines_of(results) if '"seed": 0' in line]
+    part = write_lines(tmp_path / "part.jsonl.xz", lines)
     full = write_page(page_of(tmp_path), part)
     filled = {match["name"] for match in figures.MARKED.finditer(full) if match[0].count("\n") > 2}
     assert filled == {"setup", "search", "search-figure", "search-variance", "alphas", "distance"}
     assert "| LNS | **" in full or "**" in next(line for line in full.splitlines() if line.startswith("| LNS |"))
-    next(part.glob("lns-*")).unlink()
+    lines.remove(next(line for line in lines if '"norm": "lns"' in line))
+    write_lines(part, lines)
     full = write_page(page_of(tmp_path), part)
     rows = [line for line in full.splitlines() if line.startswith("| LNS |")]
     assert rows and all("|  |" in row and "**" not in row for row in rows[:2])  # its search is not complete
@@ -496,10 +509,45 @@ def test_page_refuses_unknown_and_unpaired(results, tmp_path, words):
     assert page.read_text() == words
 
 
-def test_results_of_two_texts_do_not_mix(results, tmp_path):
-    one, other = list(results.iterdir())[:2]
-    record = json.loads(other.read_text())
+# ---- results.py
+
+
+def test_published_results():
+    """One line per run, in order, written as `merge` writes them; and they are those of the page."""
+    file = STUDY / "results" / "cpu.jsonl.xz"
+    found = store.read_results(file)
+    assert lines_of(file) == [json.dumps(record) for record in found.values()]
+    study = tables.Study(PRESETS["cpu"], found)
+    page = (ROOT / "research" / "study.md").read_text()
+    for name, table in tables.TABLES.items():
+        assert f"<!-- study:{name} -->\n\n" + "\n".join(table(study)) + f"\n\n<!-- /study:{name} -->" in page, name
+
+
+def test_merge(results, tmp_path):
+    """The runs of both files and of the folder, in order, with the same bytes whatever the order they come in; of a run
+    that both have, the first file's stays."""
+    lines = lines_of(results)
+    changed = [json.dumps({**json.loads(line), "parameters": 0}) for line in lines]
+    one = write_lines(tmp_path / "one.jsonl.xz", lines[:20])
+    other = write_lines(tmp_path / "other.jsonl.xz", changed[10:20] + lines[:29:-1])
+    store.runs_folder(one).mkdir()
+    for line in lines[20:30]:
+        store.write_run(one, json.loads(line))
+    command = [sys.executable, STUDY / "results.py", one, other]
+    subprocess.run(list(map(str, command)), check=True, timeout=300)
+    assert one.read_bytes() == results.read_bytes() and not list(store.runs_folder(one).iterdir())
+
+
+def test_results_of_two_texts_do_not_mix(results, text, tmp_path):
+    """Neither in a file nor in what is merged; and a run with another text adds none."""
+    lines = lines_of(results)
+    one = write_lines(tmp_path / "one.jsonl.xz", lines[:1])
+    record = json.loads(lines[1])
     record["common"]["text"] = "another"
-    (tmp_path / "other.json").write_text(json.dumps(record))
-    with pytest.raises(SystemExit, match="different presets or texts"):
-        jobs.read_results([one, tmp_path / "other.json"])
+    other = write_lines(tmp_path / "other.jsonl.xz", [json.dumps(record)])
+    both = write_lines(tmp_path / "both.jsonl.xz", [lines[0], json.dumps(record)])
+    for refused in (lambda: store.read_results(both), lambda: store.merge(one, other),
+                    lambda: study.main(["--preset", "smoke", "--text", str(text), "--out", str(other)])):
+        with pytest.raises(SystemExit, match="different presets or texts"):
+            refused()
+    assert lines_of(one) == lines[:1] and len(lines_of(other)) == 1
