@@ -27,9 +27,8 @@ from matplotlib.axes import Axes  # noqa: E402
 from matplotlib.figure import Figure  # noqa: E402
 
 from jobs import NORMS, PRESETS, SAME_RATE, UNIT, final_loss, search  # noqa: E402
-from pretraining.plot import STYLE  # noqa: E402
 from results import SUFFIX, read_results  # noqa: E402
-from tables import ESTIMATES, LABELS, TABLES, Study, average, finished  # noqa: E402
+from tables import ESTIMATES, LABELS, STYLE, TABLES, Study, average, finished  # noqa: E402
 
 STYLES = STYLE | {UNIT: ("black", "*", LABELS[UNIT])}
 PAGE = ROOT / "research" / "study.md"

@@ -12,9 +12,19 @@ from jobs import (
     ALPHAS, BY_DEPTH, FIRST_EXACT, GAP, NEVER, NORMS, ONE_VALUE, POINTWISE, POSITION, REFRESH, SAME_RATE, UNIT,
     Job, Preset, Result, Results, alphas, best_lrs, bounded, changed, comparison, final_loss, unbounded,
 )
+from pretraining import plot
 from pretraining.norms import KAPPA
-from pretraining.plot import STYLE
 
+# Colour, marker and name of each norm.
+STYLE = plot.STYLE | {
+    "peri-ln": ("#CC79A7", "P", "Peri-LN"),
+    "lns": ("#555555", "X", "LNS"),
+    "derf": ("#117733", "d", "Derf"),
+    "mix-ln": ("#882255", "<", "Mix-LN"),
+    "seednorm": ("#332288", ">", "SeeDNorm"),
+    "ssnorm": ("#999933", "p", "Single-Scale RMSNorm"),
+    "pre-crmsnorm": ("#661100", "h", "Pre-CRMSNorm"),
+}
 LABELS = {norm: label for norm, (_, _, label) in STYLE.items()} | {
     "rmsnorm-small": "RMSNorm, gains from lam / kappa",
     "rmsnorm-embedding": "RMSNorm, embeddings of variance 1",

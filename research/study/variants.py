@@ -12,10 +12,10 @@ from torch import Tensor, nn
 import bhyt
 from jobs import ALPHAS, BY_DEPTH, FIRST_EXACT, ONE_VALUE, POSITION, UNIT, Job
 from measure import offset
+from norms import BLOCKS, Derf
 from pretraining.model import EMBEDDING_STD, Block, ModelConfig
 from pretraining.norms import (
-    BLOCKS, KAPPA, LAM_ATTENTION, LAM_MLP, BlockBHyT, BlockBHyTExact, BlockDyT, BlockRMSNorm, Derf, DyT,
-    ScaledEmbedding,
+    KAPPA, LAM_ATTENTION, LAM_MLP, BlockBHyT, BlockBHyTExact, BlockDyT, BlockRMSNorm, DyT, ScaledEmbedding,
 )
 
 

@@ -26,9 +26,9 @@ import results as store  # noqa: E402
 import run as study  # noqa: E402
 import tables  # noqa: E402
 from jobs import PRESETS, Job  # noqa: E402
+from norms import BLOCKS  # noqa: E402
 from pretraining.data import VOCAB, load_corpus  # noqa: E402
 from pretraining.model import Decoder, ModelConfig  # noqa: E402
-from pretraining.norms import BLOCKS  # noqa: E402
 from pretraining.train import Run  # noqa: E402
 from variants import block_of, frozen  # noqa: E402
 
