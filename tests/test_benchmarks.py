@@ -115,7 +115,7 @@ def test_loading(tmp_path):
 
 def test_plot(cpu_result, tmp_path):
     pytest.importorskip("matplotlib")
-    run("plot.py", cpu_result[0], "--out", tmp_path / "cpu.png")
+    run("figures.py", cpu_result[0], "--out", tmp_path / "cpu.png")
     assert (tmp_path / "cpu.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -124,7 +124,7 @@ def test_plot_quantized(tmp_path):
     pytest.importorskip("matplotlib")
     if not (BENCHMARKS / "results").exists():
         pytest.skip("no benchmarks/results")
-    run("plot_quantized.py", "--out", tmp_path / "outliers.png")
+    run("figures.py", "quantized-accuracy-24", "--out", tmp_path / "outliers.png")
     assert (tmp_path / "outliers.png").read_bytes().startswith(b"\x89PNG")
 
 

@@ -1,8 +1,8 @@
-"""Draws a CPU result: speed against a copy, and times faster than the peers, over all sizes.
+"""Draws a result. Speed against a copy and the peers over all sizes, or what eight bits add to the held-out loss.
 
-    python benchmarks/plot.py [results/<device>/cpu.json] [--out cpu.png]
-
-Without a file the newest results/*/cpu.json is drawn; the PNG goes next to it.
+    python benchmarks/figures.py cpu                      the newest results/*/cpu.json -> cpu.png next to it
+    python benchmarks/figures.py quantized-accuracy-24    the newest of it -> docs/figures/quantization-outliers.png
+    python benchmarks/figures.py cpu.json [--out cpu.png]
 """
 
 import argparse
@@ -14,8 +14,8 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402  (the backend comes first: no display is needed)
+from readme_table import REPOSITORY, newest_file  # noqa: E402
 
-RESULTS = Path(__file__).resolve().parent / "results"
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9")  # told apart by colour-blind readers too
 SITES = {
     "forward": "exact",
@@ -30,6 +30,16 @@ PEERS = {
     "inductor_rms_norm": "RMSNorm, Inductor",
     "inductor_dyt": "DyT, Inductor",
 }
+
+# (norm, way): title
+BARS = {
+    ("bhyt", "bound"): "BHyT, 1/127: no calibration",
+    ("bhyt", "calibrated"): "BHyT, calibrated",
+    ("bhyt", "per token"): "BHyT, scale per token",
+    ("rmsnorm", "calibrated"): "RMSNorm, calibrated",
+    ("rmsnorm", "per token"): "RMSNorm, scale per token",
+}
+GOAL = 0.002  # nats that eight bits may add
 
 Problem = dict[str, Any]
 
@@ -76,7 +86,7 @@ def draw_against_peers(axes: Any, problems: Sequence[Problem], sizes: Sequence[t
     axes.set_ylabel("exact site, times faster than")
 
 
-def draw(result: dict[str, Any]) -> Any:
+def draw_cpu(result: dict[str, Any]) -> Any:
     """One column of panels per dtype; sizes by elements, beyond the cache shaded."""
     problems, env = result["problems"], result["environment"]
     dtypes = list(dict.fromkeys(p["dtype"] for p in problems))
@@ -107,22 +117,52 @@ def draw(result: dict[str, Any]) -> Any:
     return figure
 
 
+def draw_quantized_accuracy(result: dict[str, Any]) -> Any:
+    """A group of bars per case; linear up to the goal, logarithmic beyond it."""
+    losses = {(r["where"], r["times"], r["norm"]): r["losses"] for r in result["records"]}
+    cases = list(dict.fromkeys((r["where"], r["times"]) for r in result["records"]))
+    figure, axes = plt.subplots(figsize=(11, 4.8), layout="constrained")
+    width = 0.8 / len(BARS)
+    for k, ((norm, way), title) in enumerate(BARS.items()):
+        found = [losses.get((*case, norm), {}) for case in cases]
+        added = [own[way] - own["float"] if way in own else float("nan") for own in found]
+        places = [i + (k - len(BARS) / 2 + 0.5) * width for i in range(len(cases))]
+        bars = axes.bar(places, added, width, color=COLOURS[k], label=title)
+        labels = [f"{value * 1e3:+.1f}" for value in added]
+        axes.bar_label(bars, labels, fontsize=7, padding=2)
+    axes.axhspan(-GOAL, GOAL, color="0.92", zorder=0)
+    axes.axhline(0, color="black", linewidth=0.8)
+    axes.set_yscale("symlog", linthresh=GOAL)
+    names = ["no outlier" if where == "none" else f"{times:g}x,\n{where}" for where, times in cases]
+    axes.set_xticks(range(len(cases)), names)
+    axes.set_ylabel("nats per token above the float model")
+    axes.set_xlabel("one channel of the residual stream, scaled")
+    axes.grid(axis="y", color="0.85")
+    axes.set_axisbelow(True)
+    axes.margins(y=0.12)
+    axes.legend(fontsize=8, loc="best")
+    shape = "{layers} layers, d = {dim}".format(**result["model"])
+    axes.set_title(f"{shape}, {result['tokens']:,} held-out tokens; bars in thousandths, shaded: within {GOAL}", fontsize=11)
+    return figure
+
+
+DRAW = {"cpu": draw_cpu, "quantized-accuracy": draw_quantized_accuracy}  # by the "benchmark" field
+PAGES = {"quantized-accuracy-24": REPOSITORY / "docs" / "figures" / "quantization-outliers.png"}
+
+
 def main(arguments: Optional[Sequence[str]] = None) -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("result", type=Path, nargs="?", help="a bench_cpu.py JSON; default: the newest")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("result", help="a JSON of bench_cpu.py or quantized_accuracy.py, or the name of the newest")
     parser.add_argument("--out", type=Path, help="the PNG to write")
     args = parser.parse_args(arguments)
-    if args.result is None:
-        files = {
-            json.loads(path.read_text())["environment"]["date"]: path for path in RESULTS.glob("*/cpu.json")
-        }
-        if not files:
-            raise SystemExit(f"plot: no cpu.json under {RESULTS}; run bench_cpu.py first")
-        args.result = files[max(files)]
-    out = args.out or args.result.with_suffix(".png")
-    draw(json.loads(args.result.read_text())).savefig(out, dpi=130)
+    path = Path(args.result) if args.result.endswith(".json") else newest_file(args.result)
+    if path is None:
+        raise SystemExit(f"figures: no {args.result}.json under benchmarks/results")
+    result = json.loads(path.read_text())
+    if result["benchmark"] not in DRAW:
+        raise SystemExit(f"figures: {path} is of {result['benchmark']}; there are {', '.join(DRAW)}")
+    out = args.out or PAGES.get(args.result, path.with_suffix(".png"))
+    DRAW[result["benchmark"]](result).savefig(out, dpi=130)
     print(f"written to {out}")
 
 
