@@ -142,7 +142,8 @@ def draw_quantized_accuracy(result: dict[str, Any]) -> Any:
     axes.margins(y=0.12)
     axes.legend(fontsize=8, loc="best")
     shape = "{layers} layers, d = {dim}".format(**result["model"])
-    axes.set_title(f"{shape}, {result['tokens']:,} held-out tokens; bars in thousandths, shaded: within {GOAL}", fontsize=11)
+    shaded = f"bars in thousandths, shaded: within {GOAL}"
+    axes.set_title(f"{shape}, {result['tokens']:,} held-out tokens; {shaded}", fontsize=11)
     return figure
 
 

@@ -50,6 +50,7 @@ def number(value: float) -> str:
 
 def markdown(header: Sequence[str], rows: Sequence[Sequence[str]], left: int = 1) -> list[str]:
     """A Markdown table; the first `left` columns are aligned left, the others right."""
+    assert all(len(row) == len(header) for row in rows), f"rows that do not fit the header {header}"
     rules = ["---" if column < left else "---:" for column in range(len(header))]
     return ["| " + " | ".join(cells) + " |" for cells in (header, rules, *rows)]
 

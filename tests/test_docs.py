@@ -13,6 +13,9 @@ from pages import blocks
 
 ROOT = Path(__file__).resolve().parent.parent
 
+FOLDERS = ("", "docs", "benchmarks", "research", "tests")
+PAGES = [page for folder in FOLDERS for page in sorted((ROOT / folder).glob("*.md"))]
+
 
 def test_users_page() -> None:
     """Rows 1 to 30, each with tests that exist."""
@@ -42,10 +45,18 @@ def test_blocks_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert (tmp_path / "folder" / "config.json").exists()
 
 
+def test_tables() -> None:
+    """Every row of every table of every page has as many cells as its header: other rows shift, or lose cells."""
+    for page in PAGES:
+        text = re.sub(r"^```.*?^```$", "", page.read_text(), flags=re.MULTILINE | re.DOTALL)
+        for table in re.findall(r"(?:^\|.*\|$\n?)+", text, re.MULTILINE):
+            header, *rows = (len(re.findall(r"(?<!\\)\|", line)) for line in table.splitlines())
+            assert rows and set(rows) == {header}, f"{page.name}: {table.splitlines()[0]}"
+
+
 def test_links() -> None:
     """Every relative link of every page leads to a file, and to a heading if it names one. An sdist has no research/."""
-    folders = ("", "docs", "benchmarks", "research", "tests")
-    for page in sorted(page for folder in folders for page in (ROOT / folder).glob("*.md")):
+    for page in PAGES:
         for target in re.findall(r"\]\((?!https?://)([^)\s]+)\)", page.read_text()):
             name, _, anchor = target.partition("#")
             file = (page.parent / name).resolve() if name else page

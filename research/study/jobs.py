@@ -64,12 +64,15 @@ ALPHAS = (0.3, 0.1, 0.03)  # of those two; their authors' rule gives 1 for this 
 BOUNDS = (0.5, 1.0, 2.0, 4.0)
 
 PRESETS = {
-    "smoke": Preset(2, 16, 2, 1, 16, 16, 2, 4, 2, (1e-3, 1e-2), (1e-4,), (1, 2), (1, NEVER), (0.5, 2.0), "cpu", "float32"),
+    "smoke": Preset(
+        2, 16, 2, 1, 16, 16, 2, 4, 2, (1e-3, 1e-2), (1e-4,), (1, 2), (1, NEVER), (0.5, 2.0), "cpu", "float32"
+    ),
     "cpu": Preset(
         24, 128, 4, 2, 128, 2, 240, 800, 4, LRS, BELOW, SEEDS, (REFRESH, 100, NEVER), BOUNDS, "cpu", "float32"
     ),
     "gpu": Preset(
-        48, 256, 4, 2, 512, 32, 600, 4000, 8, LRS, BELOW, SEEDS, (1, REFRESH, 100, 1000, NEVER), BOUNDS, "cuda", "bfloat16"
+        48, 256, 4, 2, 512, 32, 600, 4000, 8, LRS, BELOW, SEEDS, (1, REFRESH, 100, 1000, NEVER), BOUNDS, "cuda",
+        "bfloat16",
     ),
 }
 
@@ -95,7 +98,7 @@ Results = Mapping[Job, Result]
 
 
 def search(preset: Preset, norm: str, results: Results) -> list[Job]:
-    """The same small grid of learning rates for every norm, and below it one more for as long as the lowest is the best."""
+    """The same small grid of learning rates for every norm; below it one more for as long as the lowest is the best."""
     jobs = [Job(norm, lr, SEARCH_SEED, preset.short) for lr in preset.lrs]
     for lr in preset.below:
         if best_of(jobs, results) == jobs[0]:

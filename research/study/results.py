@@ -57,7 +57,7 @@ def read_results(file: Path, common: Mapping[str, Any] | None = None) -> dict[Jo
     for record in map(json.loads, lines):
         common = common or record["common"]
         if record["common"] != common:
-            raise SystemExit(f"{file}: results of different presets or texts; each has a file of its own (run.py --out)")
+            raise SystemExit(f"{file}: results of different presets or texts; run.py --out gives each its own file")
         results[Job(**record["job"])] = record
     return in_order(results)
 

@@ -5,8 +5,8 @@ r"""Trains all models of the study and adds their results to one file.
     python research/study/figures.py --preset cpu                  the figures and tables of research/study.md
 
 A run that has its result is not repeated: start the same command again after an interruption, and what was unfinished
-starts anew. First every norm gets the same search over learning rates, further down where the lowest is the best; then the rest runs
-at the best of each.
+starts anew. First every norm gets the same search over learning rates, further down where the lowest is the best; then
+the rest runs at the best of each.
 """
 
 from __future__ import annotations

@@ -95,6 +95,7 @@ def average(results: Sequence[Result], get: Callable[[dict[str, Any]], Any], ind
 
 def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
     """The first column is aligned left, the others right; nothing for no rows."""
+    assert all(len(row) == len(header) for row in rows), f"rows that do not fit the header {header}"
     rules = ["---", *["---:"] * (len(header) - 1)]
     return ["| " + " | ".join(cells) + " |" for cells in (header, rules, *rows)] if rows else []
 
@@ -206,7 +207,7 @@ def distance(study: Study) -> list[str]:
             read = [average(results, lambda m: math.sqrt(m["sites"][layer][site]["mean_square"]), 0)
                     for layer in (0, -1) for site in (0, 1)]
             rows.append([LABELS[norm], *(f"{size:.2f}" for size in read), *map(loss, runs)])
-    return markdown(["root mean square of what is read at the start: block 1, attention", "MLP",
+    return markdown(["norm", "root mean square of what is read at the start: block 1, attention", "MLP",
                      "last block, attention", "MLP", *(f"held-out loss at {lr:g}" for lr in rates)], rows)
 
 
@@ -214,7 +215,8 @@ def smaller_alphas(study: Study) -> list[str]:
     """DyT and Derf at the lowest learning rate of the grid."""
     rows = []
     for norm in POINTWISE:
-        results = [study.of([job]) for job in (changed(study.preset, norm, study.preset.lrs[0]), *alphas(study.preset, norm))]
+        jobs = changed(study.preset, norm, study.preset.lrs[0]), *alphas(study.preset, norm)
+        results = [study.of([job]) for job in jobs]
         if any(results[1:]):
             rows.append([LABELS[norm], *map(loss, results)])
     return markdown(["held-out loss with alpha", "1", *(f"{alpha:g}" for alpha in ALPHAS)], rows)

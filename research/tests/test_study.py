@@ -44,8 +44,9 @@ def text(tmp_path_factory) -> Path:
     return path
 
 
-def run_study(text: Path, out: Path) -> None:
-    command = [sys.executable, STUDY / "run.py", "--preset", "smoke", "--text", text, "--out", out, "--processes", "2"]
+def run_study(text: Path, out: Path, processes: int = 2) -> None:
+    command = [sys.executable, STUDY / "run.py", "--preset", "smoke", "--text", text, "--out", out, "--processes",
+               processes]
     done = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "learning rates: 100%" in done.stderr and "experiments: 100%" in done.stderr
@@ -117,7 +118,7 @@ def test_goes_on_where_it_was_interrupted(results, text, tmp_path):
     for line in kept[:2]:  # of a process that was killed before it merged them
         store.write_run(out, json.loads(line))
     (store.runs_folder(out) / "unfinished.tmp").write_text('{"job": ')
-    run_study(text, out)
+    run_study(text, out, processes=1)
     after = lines_of(out)
     assert len(after) == len(before)
     assert {i for i, line in enumerate(after) if line != before[i]} <= {*gone}
@@ -479,8 +480,8 @@ def test_gradients_of_zero_have_a_ratio():
 
 def test_errors_of_the_first_block_and_the_others():
     """Means over runs block by block, then the root mean square of the other blocks."""
-    runs = [{"measurements": [{"approximation": {"layers": [{"estimates": {"T": {"error": error}}} for error in some]}}]}
-            for some in ((1.0, 2.0, 3.0), (3.0, 4.0, 5.0))]
+    blocks = [[{"estimates": {"T": {"error": error}}} for error in some] for some in ((1.0, 2.0, 3.0), (3.0, 4.0, 5.0))]
+    runs = [{"measurements": [{"approximation": {"layers": layers}}]} for layers in blocks]
     assert tables.errors(runs, "T") == pytest.approx((2.0, math.sqrt((3.0**2 + 4.0**2) / 2)))
 
 
