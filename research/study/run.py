@@ -2,7 +2,7 @@ r"""Trains all models of the study and adds their results to one file.
 
     python research/study/run.py --preset cpu --text c4.jsonl      about 2.5 hours on 2 CPU cores
     python research/study/run.py --preset gpu --text c4.jsonl      deeper, wider, longer, on one GPU
-    python research/study/figures.py --preset cpu                  the figures and tables of research/study.md
+    python research/study/page.py --preset cpu                     the figures and tables of research/study.md
 
 A run that has its result is not repeated: start the same command again after an interruption, and what was unfinished
 starts anew. First every norm gets the same search over learning rates, further down where the lowest is the best; then

@@ -1,8 +1,6 @@
 """The study's norms against their papers' formulas."""
 
 import math
-import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -10,14 +8,11 @@ import torch
 
 pytest.importorskip("tqdm")
 
-ROOT = Path(__file__).resolve().parent.parent.parent
-sys.path[:0] = [str(ROOT / "research" / "study"), str(ROOT / "examples")]
-
-from norms import BLOCKS, CRMSNorm, Derf, SeeDNorm, SingleScaleRMSNorm, compress  # noqa: E402
-from pretraining import norms as example  # noqa: E402
-from pretraining.data import VOCAB  # noqa: E402
-from pretraining.model import Decoder, ModelConfig  # noqa: E402
-from pretraining.train import make_optimizer  # noqa: E402
+from norms import BLOCKS, CRMSNorm, Derf, SeeDNorm, SingleScaleRMSNorm, compress
+from pretraining import norms as example
+from pretraining.data import VOCAB
+from pretraining.model import Decoder, ModelConfig
+from pretraining.train import make_optimizer
 
 TINY = ModelConfig(vocab=VOCAB, layers=3, dim=32, heads=4, kv_heads=2, seq_len=16)
 ADDED = [norm for norm in BLOCKS if norm not in example.BLOCKS]

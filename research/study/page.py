@@ -1,6 +1,6 @@
 """Draws the figures of research/study.md and writes its tables, from the results of run.py.
 
-    python research/study/figures.py --preset cpu
+    python research/study/page.py --preset cpu
 
 A table or figure stands between `<!-- study:NAME -->` and `<!-- /study:NAME -->`; what is between them is replaced.
 Where the runs of one are missing, nothing stands there.
