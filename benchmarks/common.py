@@ -215,7 +215,7 @@ def _git(*arguments: str) -> Optional[str]:
 
 def environment() -> dict[str, Any]:
     """What a reader needs to judge a result. `dirty`: files other than results and README were changed."""
-    status = _git("status", "--porcelain", "--", ".", ":!benchmarks/results", ":!README.md")
+    status = _git("status", "--porcelain", "--", ".", ":!benchmarks/results", ":!research/study/results", ":!README.md")
     return {
         "cpu": cpu_model(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),

@@ -8,7 +8,7 @@
     python examples/pretrain.py --norm rmsnorm --lr 1e-3 $shape
     python benchmarks/quantized_accuracy.py --checkpoints build/pretrain-24 --text c4.jsonl --name quantized-accuracy-24
 
-    python benchmarks/plot_quantized.py                                       docs/figures/quantization-outliers.png
+    python benchmarks/figures.py quantized-accuracy-24                        docs/figures/quantization-outliers.png
 
 Models    the BHyT and the RMSNorm one, same text, same matrices at the start
 Eight bits    weights int8 per output channel everywhere; o_proj, down_proj and lm_head quantise their input per row. Ways for

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, Callable, Mapping, Optional, Sequence
 
 REPOSITORY = Path(__file__).resolve().parent.parent
+RESULTS = REPOSITORY / "benchmarks" / "results"
 PAGES = (
     REPOSITORY / "README.md", REPOSITORY / "docs" / "performance.md", REPOSITORY / "docs" / "quantization.md",
 )  # fmt: skip
@@ -49,6 +50,7 @@ def number(value: float) -> str:
 
 def markdown(header: Sequence[str], rows: Sequence[Sequence[str]], left: int = 1) -> list[str]:
     """A Markdown table; the first `left` columns are aligned left, the others right."""
+    assert all(len(row) == len(header) for row in rows), f"rows that do not fit the header {header}"
     rules = ["---" if column < left else "---:" for column in range(len(header))]
     return ["| " + " | ".join(cells) + " |" for cells in (header, rules, *rows)]
 
@@ -56,9 +58,10 @@ def markdown(header: Sequence[str], rows: Sequence[Sequence[str]], left: int = 1
 def caption(result: Result) -> str:
     """Where, with what and when."""
     env = result["environment"]
+    gpu = env.get("gpu") or env.get("device")
     state = " with local changes" if env["dirty"] else ""
     cache = f"{env['last_level_cache'] / 2**20:.0f} MiB last-level cache"
-    machine = f"{env['cpu']}, {env['threads']} threads, {env['tier']}, {cache}"
+    machine = f"{gpu + ', ' if gpu else ''}{env['cpu']}, {env['threads']} threads, {env['tier']}, {cache}"
     commit = f"commit {env['commit']}{state}, " if env["commit"] else ""
     return f"{machine}; torch {env['torch']}, Python {env['python']}; {commit}{env['date'][:10]}."
 
@@ -151,8 +154,7 @@ def compiled(result: Result) -> list[str]:
 def model(result: Result) -> list[str]:
     """Tokens/s of whole models relative to RMSNorm's, one table per preset, the paper's ratios beside."""
     baseline, paper = result["baseline"], result["paper"]
-    device = f"{result['environment']['device']}; " if "device" in result["environment"] else ""
-    lines = [device + caption(result)]
+    lines = [caption(result)]
     for name, preset in result["presets"].items():
         problems = [p for p in result["problems"] if p["preset"] == name]
         present = {provider: None for p in problems for provider in p["providers"]}  # in order, once each
@@ -229,11 +231,16 @@ RENDERERS: dict[str, Callable[[Result], list[str]]] = {
 PARTS: dict[str, Callable[[Result], list[str]]] = {"goals": goals, "digest": digest}
 
 
-def newest(name: str, results: Path) -> Optional[Result]:
+def newest_file(name: str, results: Path = RESULTS) -> Optional[Path]:
     """The newest result called `name` or `name@device`."""
     stem, _, device = name.partition("@")
-    found = [json.loads(path.read_text()) for path in sorted(results.glob(f"{device or '*'}/{stem}.json"))]
-    return max(found, key=lambda result: result["environment"]["date"], default=None)
+    found = {path: json.loads(path.read_text()) for path in sorted(results.glob(f"{device or '*'}/{stem}.json"))}
+    return max(found, key=lambda path: found[path]["environment"]["date"], default=None)
+
+
+def newest(name: str, results: Path) -> Optional[Result]:
+    path = newest_file(name, results)
+    return json.loads(path.read_text()) if path else None
 
 
 def render(name: str, results: Path) -> str:
@@ -275,7 +282,7 @@ def main(arguments: Optional[Sequence[str]] = None) -> int:
     )
     parser.add_argument("--check", action="store_true", help="only say whether the tables are up to date")
     parser.add_argument("--pages", type=Path, nargs="+", default=PAGES)
-    parser.add_argument("--results", type=Path, default=REPOSITORY / "benchmarks" / "results")
+    parser.add_argument("--results", type=Path, default=RESULTS)
     args = parser.parse_args(arguments)
     return max([write(page, args.results, args.check) for page in args.pages])
 

@@ -2,7 +2,7 @@ r"""Pretrains a small Llama-like language model, once per norm, and draws how th
 
     pip install ".[example]"
     python examples/pretrain.py                               BHyT beside RMSNorm, 2 minutes on 2 CPU cores
-    python examples/pretrain.py --norm bhyt lns --layers 12   other norms, deeper
+    python examples/pretrain.py --norm all --layers 12        other norms, deeper
     torchrun --nproc-per-node 2 examples/pretrain.py          the same batches, shared by two processes
     python examples/pretrain.py --norm bhyt --export folder   AutoModelForCausalLM.from_pretrained("folder")
     python examples/pretrain.py --text corpus.jsonl --layers 16 --dim 512 --heads 8 --seq-len 1024 \

@@ -43,12 +43,15 @@ PIP_NO_INDEX=1 pip install -q --no-build-isolation --no-deps -e .
 pip uninstall -q -y bhyt
 rm -f bhyt/_ops*.so bhyt/_built_for.py
 
-say "the sdist is complete"
+say "the sdist is complete, and has neither research nor results"
 python -c "from setuptools import build_meta; build_meta.build_sdist('$work/sdist')" > /dev/null
 tar -tzf "$work"/sdist/bhyt-*.tar.gz | cut -d/ -f2- | sort > "$work/packed"
 git ls-files -- csrc bhyt _build tests setup.py pyproject.toml CMakeLists.txt LICENSE README.md | sort > "$work/tracked"
 if comm -13 "$work/packed" "$work/tracked" | grep .; then
   echo "missing in the sdist" && exit 1
+fi
+if grep -E '^research/|^benchmarks/results/' "$work/packed"; then
+  echo "too much in the sdist" && exit 1
 fi
 
 say "no nvcc: a CPU build that says so; insisting is an error"

@@ -265,7 +265,7 @@ def test_nothing_is_written_over_unasked(tmp_path, tiny):
     pretrain.main([*tiny, "--out", str(tmp_path), "--norm", "bhyt", "rmsnorm", "--steps", "2"])
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
     assert "bhyt.jsonl is there: --resume goes on, --overwrite" in refusal(*tiny, "--out", tmp_path)
-    assert "bhyt.jsonl is there" in refusal(*tiny, "--out", tmp_path, "--norm", "lns")  # nor is its picture
+    assert "bhyt.jsonl is there" in refusal(*tiny, "--out", tmp_path, "--norm", "layernorm")  # nor is its picture
     with locked(tmp_path):
         for flag in ("--resume", "--overwrite"):
             assert "another process writes here" in refusal(*tiny, "--out", tmp_path, flag)

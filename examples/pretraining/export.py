@@ -40,7 +40,7 @@ def export(model: Decoder, norm: str, folder: Path) -> None:
     from transformers import AutoModelForCausalLM
 
     exported = AutoModelForCausalLM.from_config(_config(model, norm))
-    state = {name: value for name, value in model.state_dict().items() if not name.endswith("_extra_state")}
+    state = model.state_dict()
     exported.load_state_dict({name if name.startswith("lm_head.") else f"model.{name}": state[name] for name in state})
     exported.save_pretrained(folder)
     _tokenizer(model.config.seq_len).save_pretrained(folder)

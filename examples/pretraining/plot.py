@@ -21,13 +21,6 @@ STYLE = {
     "rmsnorm": ("#D55E00", "^", "RMSNorm"),
     "layernorm": ("#E69F00", "v", "LayerNorm"),
     "dyt": ("#009E73", "D", "DyT"),
-    "peri-ln": ("#CC79A7", "P", "Peri-LN"),
-    "lns": ("#555555", "X", "LNS"),
-    "derf": ("#117733", "d", "Derf"),
-    "mix-ln": ("#882255", "<", "Mix-LN"),
-    "seednorm": ("#332288", ">", "SeeDNorm"),
-    "ssnorm": ("#999933", "p", "Single-Scale RMSNorm"),
-    "pre-crmsnorm": ("#661100", "h", "Pre-CRMSNorm"),
 }
 SMOOTHING = 0.3  # share of the past in the running mean of the training loss
 
