@@ -18,11 +18,12 @@ PAGES = [page for folder in FOLDERS for page in sorted((ROOT / folder).glob("*.m
 
 
 def test_users_page() -> None:
-    """Rows 1 to 30, each with tests that exist."""
+    """Rows 1 to 68, each with tests that exist and a thread."""
     page = (ROOT / "docs" / "users.md").read_text()
-    rows = {int(n): tests for n, tests in re.findall(r"^\| (\d+) \|.*\| (.*) \|$", page, re.MULTILINE)}
-    assert list(rows) == list(range(1, 31))
-    for n, tests in rows.items():
+    rows = re.findall(r"^\| (\d+) \| [^|]+ \| ([^|]+) \| [^|]+ \| ([^|]+) \|$", page, re.MULTILINE)
+    assert [int(n) for n, _, _ in rows] == list(range(1, 69))
+    for n, threads, tests in rows:
+        assert re.fullmatch(r"[\w-]+/[\w-]+#\d+(, ([\w-]+/[\w-]+)?#\d+)*", threads), f"row {n}: {threads}"
         file = ""
         for name in re.findall(r"`([^`]+)`", tests):
             file, _, test = name.partition("::") if not name.startswith("::") else (file, "", name[2:])
