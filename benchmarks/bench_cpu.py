@@ -2,14 +2,16 @@
 
     python benchmarks/bench_cpu.py                    everything, into results/<device>/cpu.json
     python benchmarks/bench_cpu.py --tier avx2        the AVX2 kernels (of all providers), into cpu-avx2.json
+    python benchmarks/bench_cpu.py --masks            what gradients left out save, into cpu-masks.json
     python benchmarks/bench_cpu.py --quick --out /tmp/quick.json
 
 Cases
     forward, forward_approx, add_forward, add_forward_approx    one call without gradients
     backward, backward_approx                                   torch.autograd.grad of a graph recorded before
     <any of the four forwards>+backward                         both together, as in training
+    backward[x], backward_approx[x variance], ..                the gradients named alone: [x] with frozen gains (LoRA)
 Backward goes through autograd for every provider, with a fixed gradient, and gives the gradients of all
-inputs that have one: x, residual, variance, and the parameters.
+inputs that have one: x, residual, variance, and the parameters; of those named in brackets.
 
 Providers
     bhyt               the ops of this package
@@ -20,6 +22,7 @@ Providers
     inductor           torch.compile of the same formula, for each shape (dynamic shapes were slower)
     inductor_rms_norm  torch.compile of F.rms_norm (for add cases: with the addition)
     inductor_dyt       torch.compile of DyT, weight * tanh(alpha * x) + bias (not for add cases)
+    all_gradients      cases in brackets: bhyt's backward with every gradient
 """
 
 import argparse
@@ -50,7 +53,15 @@ CASES = (
     "add_forward+backward",
     "add_forward_approx+backward",
 )
-PEERS = ("copy", "layer_norm", "rms_norm", "eager", "inductor", "inductor_rms_norm", "inductor_dyt")
+MASKED = tuple(
+    f"{op}[{names}]"
+    for op, masks in {
+        "backward": ("x", "x lam", "x weight", "weight", "lam", "weight lam"),
+        "backward_approx": ("x", "x variance", "x variance lam", "x variance weight", "weight", "lam", "weight lam"),
+    }.items()
+    for names in masks
+)
+PEERS = ("copy", "layer_norm", "rms_norm", "eager", "inductor", "inductor_rms_norm", "inductor_dyt", "all_gradients")
 DIFFERENTIABLE = ("x", "residual", "variance", "weight", "bias", "lam", "alpha")
 
 
@@ -93,17 +104,24 @@ class Buffers:
     def arguments(self, formula: Formula) -> list[tuple[Tensor, ...]]:
         return [tuple(named[name] for name in formula.inputs) for named in self.inputs]
 
-    def leaves(self, formula: Formula) -> list[tuple[Tensor, ...]]:
-        names = [name for name in formula.inputs if name in DIFFERENTIABLE]
+    def leaves(self, formula: Formula, wanted: Sequence[str] = DIFFERENTIABLE) -> list[tuple[Tensor, ...]]:
+        names = [name for name in formula.inputs if name in wanted and name in DIFFERENTIABLE]
         return [tuple(named[name] for name in names) for named in self.inputs]
+
+
+def unmasked(case: str) -> tuple[str, Sequence[str]]:
+    """"backward[x lam]" -> ("backward", ["x", "lam"]): the op, and the gradients wanted."""
+    op, _, names = case.partition("[")
+    return op, names.rstrip("]").split() or DIFFERENTIABLE
 
 
 def formula_call(case: str, formula: Formula, buffers: Buffers) -> common.Call:
     """What is timed of a provider other than the copy."""
+    case, wanted = unmasked(case)
     function, arguments = formula.function, buffers.arguments(formula)
     if "backward" not in case:
         return lambda i: function(*arguments[i])
-    leaves = buffers.leaves(formula)
+    leaves = buffers.leaves(formula, wanted)
     outputs_per_set = 2 if "residual" in formula.inputs else 1
     grads = [tuple(pair[:outputs_per_set]) for pair in buffers.grads]
     if "+" in case:
@@ -150,7 +168,10 @@ def both(first: common.Call, second: common.Call) -> common.Call:
 
 def copy_calls(case: str, buffers: Buffers) -> dict[str, common.Call]:
     """Candidates for the copy of a case; for forward + backward every pair of their movers."""
-    candidates = [movers(op, buffers) for op in common.parts(case)]
+    op, wanted = unmasked(case)
+    if "x" not in wanted:
+        return {}
+    candidates = [movers(each, buffers) for each in common.parts(op)]
     if len(candidates) == 1:
         calls = candidates[0]
     else:
@@ -162,16 +183,21 @@ def copy_calls(case: str, buffers: Buffers) -> dict[str, common.Call]:
 def provider_calls(
     case: str, buffers: Buffers, peers: Sequence[str], compiler: Compiler, only_compiled: bool = False
 ) -> dict[str, common.Call]:
-    forward_case = case.partition("+")[0].replace("backward", "forward")
+    op, wanted = unmasked(case)
+    forward_case = op.partition("+")[0].replace("backward", "forward")
     calls: dict[str, common.Call] = {}
     if "copy" in peers and not only_compiled:
         calls |= copy_calls(case, buffers)
     for name, formula in formulas(forward_case).items():
         if name != "bhyt" and name not in peers or only_compiled and not name.startswith("inductor"):
             continue
+        if not set(wanted) & set(formula.inputs):
+            continue
         if name.startswith("inductor"):
             formula = compiler(name, forward_case, formula)
         calls[name] = formula_call(case, formula, buffers)
+        if name == "bhyt" and "all_gradients" in peers and op != case:
+            calls["all_gradients"] = formula_call(op, formula, buffers)
     return calls
 
 
@@ -180,7 +206,7 @@ def measure(
 ) -> dict[str, Any]:
     """Time one problem for everybody and return its record."""
     dtype, cache = common.DTYPES[dtype_name], common.last_level_cache()
-    size = common.minimal_bytes(case, rows, d, dtype.itemsize)
+    size = common.minimal_bytes(unmasked(case)[0], rows, d, dtype.itemsize)
     sets = common.rotation(size, cache)
     buffers = Buffers(rows, d, dtype, sets, grad="backward" in case)
     calls = provider_calls(case, buffers, peers, compiler)
@@ -236,6 +262,11 @@ def goals(records: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         for case in ("forward_approx", "add_forward", "add_forward_approx"):
             beyond = [r for r in own if r["case"] == case and r["beyond_cache"]]
             check(f"{case}, beyond cache {dtype}, of a copy's speed", "copy", 0.85, False, beyond)
+        for case in ("backward[x]", "backward_approx[x]"):
+            chosen = [r for r in own if r["case"] == case and r["d"] == 2048]
+            if any(r["case"] in MASKED for r in own):
+                text = f"{case}, d = 2048 {dtype}, times faster than all gradients"
+                check(text, "all_gradients", 1.15, False, chosen)
     return items
 
 
@@ -305,7 +336,9 @@ def parse(arguments: Optional[Sequence[str]] = None) -> argparse.Namespace:
     parser.add_argument("--rows", type=comma(int), help="default 1,64,4096")
     parser.add_argument("--dims", type=comma(int), help="default 256,2048,4096,16384")
     parser.add_argument("--dtypes", type=comma(str, list(common.DTYPES)), default=["fp32", "bf16"])
-    parser.add_argument("--ops", type=comma(str, CASES), default=list(CASES), help="cases; default all")
+    parser.add_argument(
+        "--ops", type=comma(str, CASES + MASKED), default=list(CASES), help="cases; default all without brackets"
+    )
     parser.add_argument("--peers", type=comma(str, PEERS), default=list(PEERS), help="default all")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument(
@@ -315,10 +348,13 @@ def parse(arguments: Optional[Sequence[str]] = None) -> argparse.Namespace:
     parser.add_argument(
         "--quick", action="store_true", help="a look: 1 and 64 rows of 256 and 2048, 0.1 s each"
     )
+    parser.add_argument("--masks", action="store_true", help="all cases in brackets, 64 and 2048 rows of 2048")
     parser.add_argument("--device", help="name of the results folder; default: the CPU's")
     parser.add_argument("--out", help="write the JSON here instead")
     parser.add_argument("--compile-only", metavar="K/N", help=argparse.SUPPRESS)
     args = parser.parse_args(arguments)
+    if args.masks:
+        args.ops, args.rows, args.dims = list(MASKED), args.rows or [64, 2048], args.dims or [2048]
     args.rows = args.rows or ([1, 64] if args.quick else list(ROWS))
     args.dims = args.dims or ([256, 2048] if args.quick else list(DIMS))
     args.seconds = args.seconds or (0.1 if args.quick else 0.8)
@@ -348,7 +384,7 @@ def main() -> None:
     print("\n".join(map(common.goal_line, items)))
     settings = {"seconds_per_problem": args.seconds, "wall_seconds": round(time.perf_counter() - started)}
     payload = {"benchmark": "cpu", "environment": environment, "settings": settings, "goals": items}
-    name = f"cpu-{args.tier}" if args.tier else "cpu"
+    name = "-".join(["cpu", *(["masks"] if args.masks else []), *([args.tier] if args.tier else [])])
     path = common.write_json(name, payload | {"problems": records}, device=args.device, out=args.out)
     print(f"\nwritten to {path}")
 

@@ -63,7 +63,7 @@ class Kernel(NamedTuple):
     """One tuned kernel as it runs at d = 4096, and what it may cost on sm_90."""
 
     title: str
-    name: str  # demangled, without namespaces
+    name: str  # demangled, without namespaces; Wanted<..>: of a backward, csrc/wanted.h
     moved: int  # bytes per element
     stored: int
     threads: int  # per block
@@ -106,19 +106,36 @@ KERNELS = (
     Kernel("approximate forward bf16 + residual, to int8",
            "forward_row_in_registers<bf16, bf16, NoGain, Byte, true, false, 4>", 7, 3, 128, 23.9, large=30.9),
     Kernel("exact backward bf16",
-           "backward_rows_persistent<bf16, bf16, true, false>", 6, 2, 512, 25.7, 20752, True, large=41.5),
+           "backward_rows_persistent<bf16, bf16, Wanted<2, true, true>, false>",
+           6, 2, 512, 25.7, 20752, True, large=41.5),
     Kernel("exact backward bf16 + grad_sum",
-           "backward_rows_persistent<bf16, bf16, true, true>", 8, 2, 512, 27.2, 20752, True, large=43),
+           "backward_rows_persistent<bf16, bf16, Wanted<2, true, true>, true>", 8, 2, 512, 27.2, 20752, True, large=43),
     Kernel("exact backward fp32",
-           "backward_rows_persistent<float, float, true, false>", 12, 4, 512, 29, 20752, True, large=42.5),
+           "backward_rows_persistent<float, float, Wanted<2, true, true>, false>",
+           12, 4, 512, 29, 20752, True, large=42.5),
     Kernel("exact backward fp32 + grad_sum",
-           "backward_rows_persistent<float, float, true, true>", 16, 4, 512, 30.5, 20752, True, large=44),
+           "backward_rows_persistent<float, float, Wanted<2, true, true>, true>",
+           16, 4, 512, 30.5, 20752, True, large=44),
     Kernel("exact backward bf16 on an fp32 stream",
-           "backward_rows_persistent<bf16, float, true, false>", 10, 4, 512, 30, 20752, True, large=43.5),
+           "backward_rows_persistent<bf16, float, Wanted<2, true, true>, false>",
+           10, 4, 512, 30, 20752, True, large=43.5),
     Kernel("approximate backward bf16",
-           "backward_rows_persistent<bf16, bf16, false, false>", 6, 2, 512, 25, 20752, True, large=41),
+           "backward_rows_persistent<bf16, bf16, Wanted<1, true, true>, false>", 6, 2, 512, 25, 20752, True, large=41),
     Kernel("approximate backward fp32",
-           "backward_rows_persistent<float, float, false, false>", 12, 4, 512, 26.5, 20752, True, large=40),
+           "backward_rows_persistent<float, float, Wanted<1, true, true>, false>",
+           12, 4, 512, 26.5, 20752, True, large=40),
+    Kernel("exact backward bf16, frozen weight",
+           "backward_rows_persistent<bf16, bf16, Wanted<2, true, false>, false>",
+           6, 2, 512, 24.7, 20752, True, large=34.7),
+    Kernel("exact backward fp32, frozen weight",
+           "backward_rows_persistent<float, float, Wanted<2, true, false>, false>",
+           12, 4, 512, 27.8, 20752, True, large=35.8),
+    Kernel("approximate backward bf16, x alone",
+           "backward_rows_persistent<bf16, bf16, Wanted<1, false, false>, false>",
+           6, 2, 512, 18.6, 20752, True, large=28.6),
+    Kernel("approximate backward fp32, x alone",
+           "backward_rows_persistent<float, float, Wanted<1, false, false>, false>",
+           12, 4, 512, 19.9, 20752, True, large=27.9),
 )
 # fmt: on
 
@@ -346,7 +363,7 @@ def run(name: str, *arguments: str) -> str:
 def plain(names: list[str]) -> list[str]:
     """Mangled names as they stand in KERNELS."""
     text = subprocess.run(["c++filt"], input="\n".join(names), text=True, capture_output=True, check=True).stdout
-    text = re.sub(r"bhyt::|cuda::|\(anonymous namespace\)::|\bvoid ", "", text)
+    text = re.sub(r"\(bhyt::GradX\)|bhyt::|cuda::|\(anonymous namespace\)::|\bvoid ", "", text)
     return [re.sub(r"\(.*", "", line) for line in text.splitlines()]
 
 

@@ -76,6 +76,10 @@ struct BackwardParams : SiteParams {
   void* grad_variance_out = nullptr;    // [rows] accumulate dtype, optional; approximate sites
   void* grad_weight = nullptr;          // [d] weight.dtype, optional
   void* grad_lam = nullptr;             // one element of lam.dtype, optional
+
+  // Whether a gradient that is wanted takes S, the rows' sums of g x; whether one takes g.
+  bool needs_sums() const { return grad_lam || (exact ? grad_x : grad_variance_out); }
+  bool needs_g() const { return grad_x || needs_sums(); }
 };
 
 }  // namespace bhyt

@@ -74,7 +74,7 @@ CUDA = (
     Mutant("reduce.cuh", "for (hw::Inbox& inbox : slots.inbox) inbox.open();", "slots.inbox[0].open();", BACKWARD),
     Mutant("reduce.cuh", "float* const sums = slots.part[turn & 1];", "float* const sums = slots.part[0];", BACKWARD),
     Mutant("forward_kernels.cuh", "hw::cluster_wait();", "", FORWARD),
-    Mutant("backward_kernels.cuh", "if (ladder.parts > 1) hw::cluster_wait();", "", BACKWARD),
+    Mutant("backward_kernels.cuh", "if (Wanted::sum && ladder.parts > 1) hw::cluster_wait();", "", BACKWARD),
     Mutant("forward_kernels.cuh", "v = mean_of(total, constants);", "v = mean_of(total, constants) * A(1.00001);", FORWARD),
     Mutant("forward_kernels.cuh", "int64_t(at.part) * ladder.threads + at.lane; pack", "at.lane; pack", FORWARD),
     Mutant("math.cuh", "step == step ? hw::add(r, step) : r", "r", ("math",)),
@@ -97,7 +97,16 @@ CUDA = (
            "const int next_packs = packs;", BACKWARD),
     Mutant("backward_kernels.cuh", "      clear_row();\n      v = 1", "      v = 1", BACKWARD),
     Mutant("backward_kernels.cuh", "next_dv = 0, stored = 0;", "next_dv = 0;", BACKWARD),
-    Mutant("backward_kernels.cuh", "int stored = p.grad_x ? packs : 0;", "int stored = packs;", BACKWARD),
+    Mutant("backward_kernels.cuh", "if constexpr (Wanted::grad_weight) columns[j] =", "columns[j] =", BACKWARD),
+    Mutant("backward_kernels.cuh", "if constexpr (Wanted::g) g[j] =", "g[j] =", BACKWARD),
+    Mutant("backward_kernels.cuh", "if constexpr (Wanted::sum) return dot(g, x);", "return dot(g, x);", BACKWARD),
+    Mutant("backward_kernels.cuh", "if (Wanted::g && at.group == 0) {", "if (at.group == 0) {", BACKWARD),
+    Mutant("backward_kernels.cuh", "if (!Wanted::grad_weight && !out.lam) return;", "if (!Wanted::grad_weight) return;",
+           BACKWARD),
+    Mutant("backward_kernels.cuh", "if constexpr (Wanted::g) gains =", "gains =", BACKWARD),
+    Mutant("../wanted.h", "Wanted<GradX::at_once, false, grad_weight>", "Wanted<GradX::at_once, true, grad_weight>",
+           BACKWARD),
+    Mutant("../params.h", "exact ? grad_x : grad_variance_out", "grad_x", BACKWARD),
     Mutant("backward_kernels.cuh", "grad_sum_row += course.grad_sum;", "grad_sum_row += course.grad_x;", BACKWARD),
     Mutant("backward_kernels.cuh", "if (k < packs) load_pack(k);", "load_pack(k);", BACKWARD),
     Mutant("backward_kernels.cuh", "if (p.weight.data == nullptr || p.weight.dtype == p.branch)",
@@ -113,7 +122,10 @@ CUDA = (
     Mutant("backward.cu", "course.x = step * p.x.stride", "course.x = step * p.d", BACKWARD),
     Mutant("backward.cu", "course.grad_y = step * p.grad_y.stride", "course.grad_y = step * p.d", BACKWARD),
     Mutant("backward.cu", "if (!p.exact) course.to_grad_variance -= course.statistics;", "", BACKWARD),
-    Mutant("backward.cu", "(p.exact ? p.grad_x : p.grad_variance_out) != nullptr;", "false;", BACKWARD),
+    Mutant("backward.cu", "course.needs_sums = p.needs_sums();", "", BACKWARD),
+    Mutant("backward.cu", "if (Wanted::sum) grid.cluster = ladder.parts;", "", BACKWARD),
+    Mutant("backward.cu", "plan.persistent || !p.needs_sums() ? 0 : p.rows", "plan.persistent ? 0 : p.rows", BACKWARD),
+    Mutant("backward.cu", "if (!p.needs_g() && !p.grad_weight) return cudaSuccess;", "", BACKWARD),
     Mutant("math.cuh", "squares |= hw::float_to_bits(s);", "squares = hw::float_to_bits(s);", BACKWARD),
     Mutant("math.cuh", "if (to_16_bits ? hw::mul(large, large) < 2.f :", "if (to_16_bits ? false :", ("math",)),
     Mutant("math.cuh", "p = hw::fma(p, s, 0.013751043006777763f);", "p = hw::fma(p, s, 0.01376f);", ("math",)),
@@ -125,7 +137,7 @@ CUDA = (
            "column = columns[k][j];", BACKWARD),
 )
 
-AVX2, AVX512, BINDING = ("kernels_avx2",), ("kernels_avx512",), ("bhyt_cpu",)
+AVX2, AVX512, BINDING, CHOICE = ("kernels_avx2",), ("kernels_avx512",), ("bhyt_cpu",), ("kernels",)
 CPU_FORWARD = (
     Mutant("rows-inl.h", "if (i < end) body(i, Part{static_cast<int>(end - i)});",
            "if (i + 1 < end) body(i, Part{static_cast<int>(end - i)});", AVX2),
@@ -201,7 +213,7 @@ CPU_QUANTIZED = (
     Mutant("vec_avx512-inl.h", "_mm512_set1_epi32(0x80), 0xf8)", "_mm512_set1_epi32(0x80), 0xf0)", AVX512),
 )
 CPU_BACKWARD = (
-    Mutant("rows-inl.h", "const F g = V::mul(V::mul(upstream, slope[k]),", "const F g = V::mul(upstream,", AVX2),
+    Mutant("rows-inl.h", "g = V::mul(V::mul(upstream, slope[k]),", "g = V::mul(upstream,", AVX2),
     Mutant("rows-inl.h", "S.add(k, g, xs[k]);", "S.add(0, g, xs[0]);", AVX2),
     Mutant("rows-inl.h", "V::fma(upstream, t[k], so_far)", "V::mul(upstream, t[k])", AVX2),
     Mutant("rows-inl.h", "if constexpr (adds) dx = ", "if constexpr (adds && !prefetches) dx = ", AVX2),
@@ -221,8 +233,15 @@ CPU_BACKWARD = (
            "const int64_t first = chunk * (chunks.rows_per_chunk - (chunk > 0));", AVX2),
     Mutant("rows-inl.h", "c < count; ++c) total = V::add",
            "c < (count < 384 ? count : 383); ++c) total = V::add", AVX2),
-    Mutant("rows-inl.h", "if (p.grad_x) row.exact_second", "if (p.grad_weight) row.exact_second", AVX2),
-    Mutant("rows-inl.h", "if (unwanted) row.grad_x = unwanted.get();", "", AVX2),
+    Mutant("rows-inl.h", "if constexpr (Wanted::grad_weight) {", "{", AVX2),
+    Mutant("rows-inl.h", "if (scratch.lam) scratch.lam", "scratch.lam", AVX2),
+    Mutant("../wanted.h", "if (!p.needs_sums()) return f(Wanted<GradX::unwanted, false, true>());", "", AVX2),
+    Mutant("../params.h", "exact ? grad_x : grad_variance_out", "grad_x", AVX2),
+    Mutant("bhyt_cpu.cpp", "p.grad_weight ? chunks.count * row_bytes : 0", "chunks.count * row_bytes", BINDING),
+    Mutant("bhyt_cpu.cpp", "p.exact && p.grad_x ? row_bytes : 0", "row_bytes", BINDING),
+    Mutant("bhyt_cpu.cpp", "if (p.needs_g()) weight.emplace(p);", "weight.emplace(p);", BINDING),
+    Mutant("kernels.cpp", "most < runnable.size() ? most : runnable.size() - 1", "most < runnable.size() ? most : 0",
+           CHOICE),
     Mutant("table-inl.h", "for (int64_t c = 0; c < chunks_of(p.rows).count; ++c) total += chunks[c];",
            "for (int64_t c = 0; c < chunks_of(p.rows - 1).count; ++c) total += chunks[c];", AVX2),
     Mutant("tanh-inl.h", "V::min_of(V::set1(52), a)", "V::min_of(V::set1(20), a)", AVX2),
@@ -239,7 +258,7 @@ CPU_BACKWARD = (
 )
 
 CPU = CPU_FORWARD + CPU_QUANTIZED + CPU_BACKWARD
-NAMES = ("accuracy", "autograd", "determinism", "layouts", "dtypes", "nonfinite", "quantized")
+NAMES = ("accuracy", "autograd", "determinism", "layouts", "dtypes", "nonfinite", "quantized", "memory", "tiers")
 TESTS = [f"tests/test_{name}.py" for name in NAMES]
 FUZZ_SECONDS = 20
 # Those of setup.py, but for a quick build.

@@ -63,6 +63,19 @@ def test_cpu_result(cpu_result):
     assert "forward_approx+backward" in printed and "exact forward, every size fp32" in printed
 
 
+def test_cpu_masks(tmp_path):
+    """Gradients left out: beside the same call with all of them, and beside peers that have what is wanted."""
+    path = tmp_path / "masks.json"
+    options = ["--rows", 3, "--dims", 2048, "--dtypes", "fp32", "--peers", "copy,layer_norm,all_gradients"]
+    run("bench_cpu.py", "--masks", *options, "--seconds", 0.001, "--threads", 1, "--out", path)
+    result = json.loads(path.read_text())
+    providers = {p["case"]: set(p["providers"]) for p in result["problems"]}
+    assert len(providers) == 13 and all("all_gradients" in found for found in providers.values())
+    assert providers["backward[x]"] == {"bhyt", "copy", "layer_norm", "all_gradients"}
+    assert providers["backward_approx[lam]"] == {"bhyt", "all_gradients"}
+    assert sum("all gradients" in goal["goal"] and goal["measured"] > 0 for goal in result["goals"]) == 2
+
+
 @pytest.mark.slow
 @pytest.mark.release
 def test_cpu_compiled_peers(tmp_path):

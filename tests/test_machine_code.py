@@ -84,12 +84,15 @@ def test_row_loops_flush_nothing(files: list[Path]) -> None:
     """A cluster's blocks exchange their sums without a barrier that empties caches or waits for all of memory."""
     for arch in architectures():
         loops = [code for code in tuned(files, arch) if "backward_rows_persistent" in code.name]
-        assert len(loops) == 20
+        assert len(loops) == 75
         for code in loops:
+            grad_x, sums = re.search(r"Wanted<(\d), (\w+),", code.name).groups()
             addresses = [instruction.address for instruction in machine_code.main_path(code, loop=True)]
             body = [i.name for i in code.instructions if min(addresses) <= i.address <= max(addresses)]
-            assert sum(name.startswith("STG.E") and name.endswith("128") for name in body) >= 2, code.name
-            assert int(arch) < 90 or any(name.startswith("SYNCS") for name in body), code.name  # the exchange is in it
+            stores = sum(name.startswith("STG.E") and name.endswith("128") for name in body)
+            assert stores >= 2 if grad_x != "0" else stores == 0, code.name
+            exchanges = any(name.startswith("SYNCS") for name in body)  # of sums
+            assert exchanges == (sums == "true" and int(arch) >= 90), code.name
             flushes = ("MEMBAR", "CCTL.IVALL", "UCGABAR", "ERRBAR")
             assert not [name for name in body if name.startswith(flushes)], code.name
 
@@ -102,6 +105,8 @@ def test_tuned_kernels_move_16_bytes_at_a_time(files: list[Path]) -> None:
         assert not [name for name in names if name.startswith(("LDL", "STL"))], code.name
         if "sum_partials" not in code.name:
             assert any(name.startswith("LDG") and name.endswith("128") for name in names), code.name
+            if "Wanted<0," in code.name:  # no grad_x: the rows are only read
+                continue
             bits = "128" if "Byte" not in code.name else "E" if "float, NoGain" in code.name else "64"
             assert any(name.startswith("STG") and name.endswith(bits) for name in names), code.name
 

@@ -1,9 +1,12 @@
 """Every CPU instruction set: the tests marked `every_tier`, each in a process whose tier is forced.
 
-They assert SPEC.md section 3 against float64; USERS rows 7, 8, 11, 13, 14, 15, 17 and 18 for every tier.
+They assert SPEC.md section 3 against float64; USERS rows 7, 8, 11, 13, 14, 15, 17 and 18 for every tier. And which tier
+a call gets.
 """
 
 import os
+import platform
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -51,3 +54,14 @@ def test_tier(tier: str) -> None:
     )
     assert run.returncode == 0, f"{tier}:\n{run.stdout[-6000:]}\n{run.stderr[-2000:]}"
     assert f"cpu tier {TIERS[tier]}" in run.stdout
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="only x86-64 has tiers")
+@pytest.mark.skipif(shutil.which("g++") is None, reason="no g++")
+def test_best_tier_within_what_is_asked(tmp_path: Path) -> None:
+    """ATEN_CPU_CAPABILITY that names more than the CPU has gets the CPU's best kernels, one that names less its own."""
+    sources = [TESTS / "cpp" / "test_cpu_tiers.cpp", TESTS.parent / "csrc" / "cpu" / "kernels.cpp"]
+    program = tmp_path / "test_cpu_tiers"
+    subprocess.run(["g++", "-std=c++20", *sources, f"-I{TESTS.parent / 'csrc'}", "-o", program], check=True)
+    run = subprocess.run([program], capture_output=True, text=True)
+    assert run.returncode == 0, run.stdout

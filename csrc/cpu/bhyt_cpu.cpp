@@ -2,10 +2,10 @@
 #include <ATen/EmptyTensor.h>
 #include <ATen/Parallel.h>
 #include <ATen/Version.h>
+#include <c10/core/CPUAllocator.h>
 #include <torch/library.h>
 
-#include <memory>
-#include <new>
+#include <optional>
 
 #include "binding.h"
 #include "cpu/kernels.h"
@@ -23,6 +23,9 @@ constexpr int64_t kElementsPerThread = 16384;
 
 int64_t rows_per_task(int64_t d) { return std::max<int64_t>(1, kElementsPerThread / std::max<int64_t>(1, d)); }
 
+// Memory of torch's allocator: on a line of its own, so that two threads share none, and seen by torch's profiler.
+at::DataPtr scratch_memory(int64_t bytes) { return c10::GetCPUAllocator()->allocate(bytes); }
+
 // The gain as rows take it: itself when it has the accumulate dtype and rows take that in plain order, else a copy made
 // once for all rows, for eight bits over their scale; ones when none is given, by which rows multiply exactly.
 class WideWeight {
@@ -31,7 +34,7 @@ class WideWeight {
     const DType wanted = accumulate_dtype(p.stream);
     const bool in_order = p.stream != DType::bf16 || kernels().bfloat_block == 1;
     if (data_ != nullptr && p.weight.dtype == wanted && in_order && !quantization) return;
-    copy_.reset(new char[p.d * size_of(wanted)]);
+    copy_ = scratch_memory(p.d * size_of(wanted));
     kernels().widen(p.weight, p.stream, quantization, p.d, copy_.get());
     data_ = copy_.get();
   }
@@ -39,19 +42,7 @@ class WideWeight {
 
  private:
   const void* data_;
-  std::unique_ptr<char[]> copy_;
-};
-
-class Aligned {
- public:
-  explicit Aligned(int64_t bytes) : data_(::operator new(bytes, kLine)) {}
-  ~Aligned() { ::operator delete(data_, kLine); }
-  Aligned(const Aligned&) = delete;
-  void* get() const { return data_; }
-
- private:
-  static constexpr std::align_val_t kLine{64};
-  void* data_;
+  at::DataPtr copy_;
 };
 
 void run_forward(const ForwardParams& p, const Tensor&) {
@@ -60,26 +51,33 @@ void run_forward(const ForwardParams& p, const Tensor&) {
                    [&](int64_t begin, int64_t end) { kernels().forward(p, weight.data(), begin, end); });
 }
 
+void sum_weight(const BackwardParams& p, const cpu::Scratch& sums, int64_t chunks) {
+  constexpr int64_t width = cpu::kColumnBlock;
+  const int64_t per_task = std::max<int64_t>(1, kElementsPerThread / width / chunks);
+  at::parallel_for(0, (p.d + width - 1) / width, per_task, [&](int64_t begin, int64_t end) {
+    kernels().sum_weight(p, sums, begin * width, std::min(end * width, p.d));
+  });
+}
+
 void run_backward(const BackwardParams& p, const Tensor&) {
-  const WideWeight weight(p);
+  if (!p.needs_g() && !p.grad_weight) return;
+  std::optional<WideWeight> weight;
+  if (p.needs_g()) weight.emplace(p);
   const auto chunks = cpu::chunks_of(p.rows);
-  // Aligned, so that the chunks of two threads share no line of memory where d is a multiple of one.
-  const Aligned weight_partials(chunks.count * p.d * size_of(accumulate_dtype(p.stream)));
-  const std::unique_ptr<double[]> lam_partials(new double[chunks.count]);
-  const cpu::Partials partials{weight_partials.get(), lam_partials.get()};
+  const int64_t row_bytes = p.d * size_of(accumulate_dtype(p.stream));
+  const at::DataPtr weight_sums = scratch_memory(p.grad_weight ? chunks.count * row_bytes : 0);
+  const at::DataPtr lam_sums = scratch_memory(p.grad_lam ? chunks.count * int64_t{sizeof(double)} : 0);
+  const cpu::Scratch sums{weight_sums.get(), static_cast<double*>(lam_sums.get())};
 
   const int64_t chunks_per_task = (rows_per_task(p.d) + chunks.rows_per_chunk - 1) / chunks.rows_per_chunk;
   at::parallel_for(0, chunks.count, chunks_per_task, [&](int64_t begin, int64_t end) {
-    kernels().backward(p, weight.data(), partials, begin, end);
+    const at::DataPtr g = scratch_memory(p.exact && p.grad_x ? row_bytes : 0);
+    cpu::Scratch scratch = sums;
+    scratch.g = g.get();
+    kernels().backward(p, weight ? weight->data() : nullptr, scratch, begin, end);
   });
-  if (p.grad_weight) {
-    constexpr int64_t width = cpu::kColumnBlock;
-    const int64_t per_task = std::max<int64_t>(1, kElementsPerThread / width / std::max<int64_t>(1, chunks.count));
-    at::parallel_for(0, (p.d + width - 1) / width, per_task, [&](int64_t begin, int64_t end) {
-      kernels().sum_weight(p, partials, begin * width, std::min(end * width, p.d));
-    });
-  }
-  if (p.grad_lam) kernels().sum_lam(p, partials);
+  if (p.grad_weight) sum_weight(p, sums, chunks.count);
+  if (p.grad_lam) kernels().sum_lam(p, sums);
 }
 
 // Without a round through the dispatcher: a third of a microsecond per output.

@@ -23,20 +23,14 @@ std::vector<const Kernels*> runnable_kernels() {
   return tables;
 }
 
-const Kernels& kernels_for([[maybe_unused]] const char* capability) {
+const Kernels& kernels_for([[maybe_unused]] const char* capability, const std::vector<const Kernels*>& runnable) {
 #if defined(__aarch64__)
   const char* asked = std::getenv("ATEN_CPU_CAPABILITY");
-  const bool plain = asked != nullptr && std::strcmp(asked, "default") == 0;
-  const char* tier = plain ? "default" : "neon";
+  const size_t most = asked != nullptr && std::strcmp(asked, "default") == 0 ? 0 : 1;
 #else
-  const char* tier = std::strncmp(capability, "AVX512", 6) == 0 ? "avx512"
-                     : std::strncmp(capability, "AVX2", 4) == 0 ? "avx2"
-                                                                : "default";
+  const size_t most = std::strncmp(capability, "AVX512", 6) == 0 ? 2 : std::strncmp(capability, "AVX2", 4) == 0 ? 1 : 0;
 #endif
-  const Kernels* best = &baseline::kernels;
-  for (const Kernels* table : runnable_kernels())
-    if (std::strcmp(table->name, tier) == 0) best = table;
-  return *best;
+  return *runnable[most < runnable.size() ? most : runnable.size() - 1];
 }
 
 }  // namespace bhyt::cpu

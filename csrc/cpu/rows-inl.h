@@ -275,9 +275,10 @@ void forward_rows(const ForwardParams& p, const void* weight, int64_t begin, int
   });
 }
 
-template <typename V, typename X, typename R, typename A, bool adds, bool prefetches>
+template <typename V, typename X, typename R, typename A, bool adds, bool prefetches, typename Wanted_>
 struct BackwardRow {
   using F = typename V::F;
+  using Wanted = Wanted_;
   using Sums = Own<V, A>;
   const X* grad_y;
   const R* grad_sum;
@@ -301,9 +302,18 @@ struct BackwardRow {
     if constexpr (prefetches) prefetch_to_write<V>(grad_x, j, k);
   }
 
-  // Hands g to take(j, span, k, g), adds to grad_weight, returns S.
-  template <typename Take>
-  double gains(int64_t d, double a, const Sums* weight, Sums* grad_weight, Take take) const {
+  template <typename Span>
+  void store(int64_t j, Span span, int k, F dx) const {
+    if constexpr (adds) dx = V::add(dx, span.template load<V>(grad_sum + j, k));
+    span.template store_untied<V>(grad_x + j, k, dx);
+  }
+
+  // Returns S and adds to grad_weight. An approximate site's grad_x is made here; an exact one keeps g for its second
+  // pass, as S enters every grad_x. All memory is asked for here, which computes for longer: lines of the next row, and
+  // to be written the next row's or, at an exact site, this one's.
+  double first_pass(int64_t d, double a, const Sums* weight, Sums* grad_weight, Sums* g_row,
+                    const BackwardRow& next) const {
+    const F scale = V::set1(a);
     return with_tanh_of<V, Summed<R>>(a, [&](const auto& tanh) {
       RowSum<V, V::at_once_backward> S;
       S.over(d, [&](int64_t j, auto span) {
@@ -312,44 +322,28 @@ struct BackwardRow {
         tanh(xs, t, slope);
         for (int k = 0; k < span.count; ++k) {
           const F upstream = span.template load<V>(grad_y + j, k);
-          const F g = V::mul(V::mul(upstream, slope[k]), span.template load<V>(weight + j, k));
-          S.add(k, g, xs[k]);
-          const F so_far = span.template load<V>(grad_weight + j, k);
-          span.template store<V>(grad_weight + j, k, V::fma(upstream, t[k], so_far));
-          take(j, span, k, g);
+          F g;
+          if constexpr (Wanted::g) g = V::mul(V::mul(upstream, slope[k]), span.template load<V>(weight + j, k));
+          if constexpr (Wanted::sum) S.add(k, g, xs[k]);
+          if constexpr (Wanted::grad_weight) {
+            const F so_far = span.template load<V>(grad_weight + j, k);
+            span.template store<V>(grad_weight + j, k, V::fma(upstream, t[k], so_far));
+          }
+          next.fetch(j, k);
+          if constexpr (Wanted::grad_x == GradX::at_once) {
+            next.fetch_to_write(j, k);
+            store(j, span, k, V::mul(scale, g));
+          } else if constexpr (Wanted::grad_x == GradX::after_sum) {
+            fetch_to_write(j, k);
+            span.template store<V>(g_row + j, k, g);
+          }
         }
       });
       return S.total;
     });
   }
 
-  template <typename Span>
-  void store(int64_t j, Span span, int k, F dx) const {
-    if constexpr (adds) dx = V::add(dx, span.template load<V>(grad_sum + j, k));
-    span.template store_untied<V>(grad_x + j, k, dx);
-  }
-
-  double approximate(int64_t d, double a, const Sums* weight, Sums* grad_weight, const BackwardRow& next) const {
-    const F scale = V::set1(a);
-    return gains(d, a, weight, grad_weight, [&](int64_t j, auto span, int k, F g) {
-      next.fetch(j, k);
-      next.fetch_to_write(j, k);
-      store(j, span, k, V::mul(scale, g));
-    });
-  }
-
-  // An exact site keeps g for its second pass, as S enters every grad_x. All is asked for during the first, which computes
-  // for longer; the lines to be written are the row's own.
-  double exact_first(int64_t d, double a, const Sums* weight, Sums* grad_weight, Sums* g_row,
-                     const BackwardRow& next) const {
-    return gains(d, a, weight, grad_weight, [&](int64_t j, auto span, int k, F g) {
-      next.fetch(j, k);
-      fetch_to_write(j, k);
-      span.template store<V>(g_row + j, k, g);
-    });
-  }
-
-  void exact_second(int64_t d, double a, double along_x, const Sums* g_row) const {
+  void second_pass(int64_t d, double a, double along_x, const Sums* g_row) const {
     const F scale = V::set1(a), slope = V::set1(along_x);
     sweep<V>(0, d, [&](int64_t j, auto span) {
       for (int k = 0; k < span.count; ++k) {
@@ -360,63 +354,56 @@ struct BackwardRow {
   }
 };
 
-template <typename R, typename A, typename Row>
-void backward_chunks_as(const BackwardParams& p, const void* weight_data, const Partials& partials, int64_t begin,
+template <typename A, typename Row>
+void backward_chunks_as(const BackwardParams& p, const void* weight_data, const Scratch& scratch, int64_t begin,
                         int64_t end) {
   using Sums = typename Row::Sums;
+  using Wanted = typename Row::Wanted;
   const auto* weight = static_cast<const Sums*>(weight_data);
   const double lam = read(p.lam), offset = p.offset.data ? read(p.offset) : 0;
   const double d = static_cast<double>(p.d);
   const auto chunks = chunks_of(p.rows);
-  const std::unique_ptr<Sums[]> g_row(p.exact ? new Sums[p.d] : nullptr);
-  const std::unique_ptr<R[]> unwanted(p.grad_x ? nullptr : new R[p.d]);
-  const auto row_at = [&](int64_t i) {
-    Row row(p, i);
-    if (unwanted) row.grad_x = unwanted.get();
-    return row;
-  };
+  auto* g_row = static_cast<Sums*>(scratch.g);
 
   for (int64_t chunk = begin; chunk < end; ++chunk) {
-    Sums* grad_weight = row_of<Sums>(partials.weight, chunk, p.d);
-    std::memset(grad_weight, 0, p.d * sizeof(Sums));
+    Sums* grad_weight = row_of<Sums>(scratch.weight, chunk, p.d);
+    if constexpr (Wanted::grad_weight) std::memset(grad_weight, 0, p.d * sizeof(Sums));
     double grad_lam = 0;
     const int64_t first = chunk * chunks.rows_per_chunk;
     const int64_t last = first + chunks.rows_per_chunk < p.rows ? first + chunks.rows_per_chunk : p.rows;
     for (int64_t i = first; i < last; ++i) {
-      const Row row = row_at(i), next = row_at(i + 1 < last ? i + 1 : i);
+      const Row row(p, i), next(p, i + 1 < last ? i + 1 : i);
       const double shifted = static_cast<const A*>(p.variance)[i] + offset + p.eps;
       const double a_over_lam = 1 / (p.kappa * std::sqrt(shifted)), a = lam * a_over_lam;
-      double S;
-      if (p.exact) {
-        S = row.exact_first(p.d, a, weight, grad_weight, g_row.get(), next);
+      const double S = row.first_pass(p.d, a, weight, grad_weight, g_row, next);
+      if constexpr (Wanted::grad_x == GradX::after_sum) {
         const double from_v = p.grad_variance ? 2 * static_cast<const A*>(p.grad_variance)[i] / d : 0;
-        if (p.grad_x) row.exact_second(p.d, a, from_v - a * S / (d * shifted), g_row.get());
-      } else {
-        S = row.approximate(p.d, a, weight, grad_weight, next);
-        if (p.grad_variance_out)
-          static_cast<A*>(p.grad_variance_out)[i] = static_cast<A>(-a * S / (2 * shifted));
+        row.second_pass(p.d, a, from_v - a * S / (d * shifted), g_row);
       }
+      if (p.grad_variance_out) static_cast<A*>(p.grad_variance_out)[i] = static_cast<A>(-a * S / (2 * shifted));
       grad_lam += a_over_lam * S;
     }
-    partials.lam[chunk] = grad_lam;
+    if (scratch.lam) scratch.lam[chunk] = grad_lam;
   }
 }
 
 template <typename V, typename X, typename R, typename A>
-void backward_chunks(const BackwardParams& p, const void* weight, const Partials& partials, int64_t begin,
-                     int64_t end) {
-  const bool given_grad_sum = p.grad_sum.data != nullptr;
-  choose_prefetch<V, X, R>(p, given_grad_sum ? 4 : 3, [&](auto prefetches) {
-    choose(given_grad_sum, [&](auto adds) {
-      backward_chunks_as<R, A, BackwardRow<V, X, R, A, adds, prefetches>>(p, weight, partials, begin, end);
+void backward_chunks(const BackwardParams& p, const void* weight, const Scratch& scratch, int64_t begin, int64_t end) {
+  with_wanted(p, [&]<typename Wanted>(Wanted) {
+    const bool given_grad_sum = Wanted::writes && p.grad_sum.data != nullptr;
+    choose_prefetch<V, X, R>(p, given_grad_sum ? 4 : Wanted::writes ? 3 : 2, [&](auto prefetches) {
+      choose(given_grad_sum, [&](auto adds) {
+        if constexpr (Wanted::writes || !adds)
+          backward_chunks_as<A, BackwardRow<V, X, R, A, adds, prefetches, Wanted>>(p, weight, scratch, begin, end);
+      });
     });
   });
 }
 
 template <typename V, typename A, typename W>
-void sum_columns(const BackwardParams& p, const Partials& partials, int64_t begin, int64_t end) {
+void sum_columns(const BackwardParams& p, const Scratch& scratch, int64_t begin, int64_t end) {
   const auto count = chunks_of(p.rows).count;
-  const auto* rows = static_cast<const Own<V, A>*>(partials.weight);
+  const auto* rows = static_cast<const Own<V, A>*>(scratch.weight);
   W* out = static_cast<W*>(p.grad_weight);
   sweep<V>(begin, end, [&](int64_t j, auto span) {
     for (int k = 0; k < span.count; ++k) {

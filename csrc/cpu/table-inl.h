@@ -23,32 +23,32 @@ void forward(const ForwardParams& p, const void* weight, int64_t begin, int64_t 
   });
 }
 
-void backward(const BackwardParams& p, const void* weight, const Partials& partials, int64_t begin, int64_t end) {
-  if (p.stream == DType::f64 && !kBaseline) return baseline::kernels.backward(p, weight, partials, begin, end);
+void backward(const BackwardParams& p, const void* weight, const Scratch& scratch, int64_t begin, int64_t end) {
+  if (p.stream == DType::f64 && !kBaseline) return baseline::kernels.backward(p, weight, scratch, begin, end);
   with_type(p.branch, [&](auto* branch) {
     using X = std::remove_const_t<std::remove_pointer_t<decltype(branch)>>;
     if constexpr (kBaseline)
-      if (p.stream == DType::f64) return backward_chunks<Wide, X, double, double>(p, weight, partials, begin, end);
+      if (p.stream == DType::f64) return backward_chunks<Wide, X, double, double>(p, weight, scratch, begin, end);
     if constexpr (!std::is_same_v<X, double>) {
-      if (p.stream == p.branch) return backward_chunks<LanesOf<X>, X, X, float>(p, weight, partials, begin, end);
-      return backward_chunks<Float, X, float, float>(p, weight, partials, begin, end);
+      if (p.stream == p.branch) return backward_chunks<LanesOf<X>, X, X, float>(p, weight, scratch, begin, end);
+      return backward_chunks<Float, X, float, float>(p, weight, scratch, begin, end);
     }
   });
 }
 
-void sum_weight(const BackwardParams& p, const Partials& partials, int64_t begin, int64_t end) {
+void sum_weight(const BackwardParams& p, const Scratch& scratch, int64_t begin, int64_t end) {
   with_type(p.weight.dtype, [&](auto* type) {
     using W = std::remove_const_t<std::remove_pointer_t<decltype(type)>>;
-    if (p.stream == DType::f64) return sum_columns<Wide, double, W>(p, partials, begin, end);
+    if (p.stream == DType::f64) return sum_columns<Wide, double, W>(p, scratch, begin, end);
     if constexpr (!kBfloatInOrder)
-      if (p.stream == DType::bf16) return sum_columns<Bfloat, float, W>(p, partials, begin, end);
+      if (p.stream == DType::bf16) return sum_columns<Bfloat, float, W>(p, scratch, begin, end);
     using V = std::conditional_t<std::is_same_v<W, double>, Wide, Float>;
-    sum_columns<V, float, W>(p, partials, begin, end);
+    sum_columns<V, float, W>(p, scratch, begin, end);
   });
 }
 
-void sum_lam(const BackwardParams& p, const Partials& partials) {
-  const double* chunks = partials.lam;
+void sum_lam(const BackwardParams& p, const Scratch& scratch) {
+  const double* chunks = scratch.lam;
   double total = 0;
   for (int64_t c = 0; c < chunks_of(p.rows).count; ++c) total += chunks[c];
   write(total, p.lam.dtype, p.grad_lam);

@@ -12,6 +12,7 @@
 
 #include "kernels.h"
 #include "scalar.h"
+#include "wanted.h"
 
 #if defined(__x86_64__)
 #include <immintrin.h>

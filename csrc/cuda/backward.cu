@@ -38,7 +38,7 @@ Plan plan_of(const BackwardParams& p, const Device& device) {
   const int64_t lam_count = plan.persistent ? plan.blocks : p.rows;
   plan.lam_at = p.grad_weight ? plan.blocks * p.d : 0;
   plan.row_sums_at = plan.lam_at + (p.grad_lam ? lam_count : 0);
-  plan.elements = plan.row_sums_at + (plan.persistent ? 0 : p.rows);
+  plan.elements = plan.row_sums_at + (plan.persistent || !p.needs_sums() ? 0 : p.rows);
   return plan;
 }
 
@@ -71,7 +71,7 @@ Course course_of(const BackwardParams& p, const Plan& plan) {
     course.to_grad_variance = static_cast<const char*>(with_variance) - static_cast<const char*>(p.variance);
     if (!p.exact) course.to_grad_variance -= course.statistics;
   }
-  course.needs_sums = p.grad_lam != nullptr || (p.exact ? p.grad_x : p.grad_variance_out) != nullptr;
+  course.needs_sums = p.needs_sums();
   return course;
 }
 
@@ -79,35 +79,34 @@ int64_t persistent_shared_bytes(const Ladder& ladder) {
   return sizeof(SumSlots<float>) + sizeof(float) * kGainsApart * ladder.threads;
 }
 
-template <class Branch, class Stream>
+template <class Branch, class Stream, class Wanted>
 cudaError_t run_persistent(const BackwardParams& p, const Plan& plan, const Partials<float>& out, cudaStream_t on) {
   const auto constants = constants_of<Accumulate<Stream>>(p);
-  const bool summed = p.grad_sum.data != nullptr;
   const Ladder& ladder = plan.ladder;
   const Course course = course_of(p, plan);
   Grid grid;
   grid.blocks_x = plan.blocks;
-  grid.blocks_y = grid.cluster = ladder.parts;
+  grid.blocks_y = ladder.parts;
+  if (Wanted::sum) grid.cluster = ladder.parts;
   grid.threads_x = ladder.threads;
   grid.threads_y = ladder.groups;
   grid.shared_bytes = persistent_shared_bytes(ladder);
   grid.stream = on;
-  const auto run = [&](auto exact, auto with_sum) {
-    return launch(backward_rows_persistent<Branch, Stream, exact, with_sum>, grid, p, constants, ladder, course, out);
+  const auto run = [&](auto summed) {
+    return launch(backward_rows_persistent<Branch, Stream, Wanted, summed>, grid, p, constants, ladder, course, out);
   };
-  const auto run_exact = [&](auto exact) {
-    return summed ? run(exact, std::true_type()) : run(exact, std::false_type());
-  };
-  return p.exact ? run_exact(std::true_type()) : run_exact(std::false_type());
+  if constexpr (Wanted::writes)
+    if (p.grad_sum.data) return run(std::true_type());
+  return run(std::false_type());
 }
 
-template <class Branch, class Stream, bool wide>
+template <class Branch, class Stream, class Wanted, bool wide>
 cudaError_t run_split(const BackwardParams& p, const Plan& plan, const Partials<Accumulate<Stream>>& out,
                       cudaStream_t on) {
   const auto constants = constants_of<Accumulate<Stream>>(p);
   Grid grid;
   grid.stream = on;
-  if (p.grad_lam || p.grad_variance_out || (p.exact && p.grad_x)) {
+  if constexpr (Wanted::sum) {
     grid.blocks_x = ceil_div(p.rows, plan.ladder.groups);
     grid.threads_x = plan.ladder.threads;
     grid.threads_y = plan.ladder.groups;
@@ -115,15 +114,26 @@ cudaError_t run_split(const BackwardParams& p, const Plan& plan, const Partials<
     const cudaError_t error = launch(backward_row_sums<Branch, Stream, wide>, grid, p, constants, plan.ladder, out);
     if (error != cudaSuccess) return error;
   }
-  if (!p.grad_weight && !p.grad_x) return cudaSuccess;
-  grid.blocks_x = plan.blocks;
-  grid.blocks_y = plan.columns.blocks;
-  grid.threads_x = plan.columns.threads;
-  grid.threads_y = 1;
-  grid.shared_bytes = 0;
-  const auto kernel = p.exact ? backward_columns<Branch, Stream, true, wide>
-                              : backward_columns<Branch, Stream, false, wide>;
-  return launch(kernel, grid, p, constants, plan.ladder.row_packs, out);
+  if constexpr (Wanted::writes || Wanted::grad_weight) {
+    grid.blocks_x = plan.blocks;
+    grid.blocks_y = plan.columns.blocks;
+    grid.threads_x = plan.columns.threads;
+    grid.threads_y = 1;
+    grid.shared_bytes = 0;
+    using Rest = bhyt::Wanted<Wanted::grad_x, false, Wanted::grad_weight>;
+    return launch(backward_columns<Branch, Stream, Rest, wide>, grid, p, constants, plan.ladder.row_packs, out);
+  }
+  return cudaSuccess;
+}
+
+template <class Branch, class Stream, class Wanted>
+cudaError_t run_rows(const BackwardParams& p, const Plan& plan, const Partials<Accumulate<Stream>>& out,
+                     cudaStream_t on) {
+  if constexpr (!std::is_same_v<Stream, double>) {
+    if (plan.persistent) return run_persistent<Branch, Stream, Wanted>(p, plan, out, on);
+    if (plan.wide) return run_split<Branch, Stream, Wanted, true>(p, plan, out, on);
+  }
+  return run_split<Branch, Stream, Wanted, false>(p, plan, out, on);
 }
 
 template <class A>
@@ -144,7 +154,7 @@ cudaError_t run_sums(const BackwardParams& p, const Plan& plan, const Partials<A
 
 #ifdef __CUDACC__
 ClusterKernel cluster_kernel() {
-  const auto kernel = backward_rows_persistent<bf16, bf16, true, false>;
+  const auto kernel = backward_rows_persistent<bf16, bf16, Wanted<GradX::after_sum, true, true>, false>;
   Ladder ladder;
   ladder.threads = kMaxThreads;
   return {reinterpret_cast<const void*>(kernel), kMaxThreads, persistent_shared_bytes(ladder)};
@@ -156,6 +166,7 @@ int64_t backward_workspace(const BackwardParams& p, const Device& device) {
 }
 
 cudaError_t backward(const BackwardParams& p, void* workspace, const Device& device, cudaStream_t on) {
+  if (!p.needs_g() && !p.grad_weight) return cudaSuccess;
   const Plan plan = plan_of(p, device);
   return with_types(p.branch, p.stream, [&](auto branch, auto stream) {
     using Branch = typename decltype(branch)::type;
@@ -163,16 +174,13 @@ cudaError_t backward(const BackwardParams& p, void* workspace, const Device& dev
     using A = Accumulate<Stream>;
     const Partials<A> partials = partials_of<A>(p, plan, workspace);
     cudaError_t error = cudaSuccess;
-    if (plan.elements == 0 && (p.rows == 0 || p.d == 0)) {  // nothing to sum: grad_weight and grad_lam are zeros
+    if (p.rows == 0 || p.d == 0) {  // nothing to sum: grad_weight and grad_lam are zeros
       if (p.grad_variance_out && p.rows > 0)
         error = cudaMemsetAsync(p.grad_variance_out, 0, p.rows * sizeof(A), on);
-    } else if constexpr (std::is_same_v<Stream, double>) {
-      error = run_split<Branch, Stream, false>(p, plan, partials, on);
-    } else if (plan.persistent) {
-      error = run_persistent<Branch, Stream>(p, plan, partials, on);
     } else {
-      error = plan.wide ? run_split<Branch, Stream, true>(p, plan, partials, on)
-                        : run_split<Branch, Stream, false>(p, plan, partials, on);
+      error = with_wanted(p, [&](auto wanted) {
+        return run_rows<Branch, Stream, decltype(wanted)>(p, plan, partials, on);
+      });
     }
     return error == cudaSuccess ? run_sums<A>(p, plan, partials, device, on) : error;
   });

@@ -5,6 +5,7 @@
 // where s = v + offset + eps.
 #pragma once
 
+#include "../wanted.h"
 #include "reduce.cuh"
 
 namespace bhyt::cuda {
@@ -20,8 +21,8 @@ struct Partials {
   int64_t lam_count = 0;
 };
 
-// g and S over one pack; grad_weight's terms are added to `columns`.
-template <class Stream, class A, class Branch, int W>
+// g and S over one pack; grad_weight's terms are added to `columns`: each where it is wanted.
+template <class Stream, class Wanted, class A, class Branch, int W>
 BHYT_DEVICE A gradient(const A (&x)[W], const Pack<Branch, W>& grad_y, const A* gains, A a, A (&g)[W],
                        A (&columns)[W]) {
   A t[W], u[W];
@@ -29,10 +30,11 @@ BHYT_DEVICE A gradient(const A (&x)[W], const Pack<Branch, W>& grad_y, const A* 
 #pragma unroll
   for (int j = 0; j < W; ++j) {
     const A dy = grad_y.template get<A>(j);
-    columns[j] = hw::fma(dy, t[j], columns[j]);
-    g[j] = hw::mul(hw::mul(dy, gains[j]), u[j]);
+    if constexpr (Wanted::grad_weight) columns[j] = hw::fma(dy, t[j], columns[j]);
+    if constexpr (Wanted::g) g[j] = hw::mul(hw::mul(dy, gains[j]), u[j]);
   }
-  return dot(g, x);
+  if constexpr (Wanted::sum) return dot(g, x);
+  return 0;
 }
 
 // The factor of x in an exact grad_x.
@@ -92,13 +94,14 @@ BHYT_DEVICE void keep_gains(A* gains, const Values& weight, int first, int apart
 // Wide. Persistent blocks: a group of threads goes through rows, its packs of the next row on their way while this
 // one's sum is made; the columns' sums stay in registers until the end, when the block's groups add theirs in turn.
 // Packs beyond a row's end are never loaded, but zeros, which add nothing.
-template <class Branch, class Stream, bool exact, bool summed>
+template <class Branch, class Stream, class Wanted, bool summed>
 BHYT_KERNEL(kMaxThreads) backward_rows_persistent(const BackwardParams p, const Constants<float> constants,
                                                   const Ladder ladder, const Course course,
                                                   const Partials<float> out) {
   using A = float;
   constexpr int W = kPackWidth<Stream>;
   constexpr int N = kBackwardElements / W;
+  constexpr bool exact = Wanted::grad_x == GradX::after_sum;  // without a grad_x both kinds of site are the same
   using StreamPack = Pack<Stream, W>;
   using BranchPack = Pack<Branch, W>;
   auto& slots = *reinterpret_cast<SumSlots<A>*>(hw::shared());
@@ -106,7 +109,7 @@ BHYT_KERNEL(kMaxThreads) backward_rows_persistent(const BackwardParams p, const 
   A* const block_columns = reinterpret_cast<A*>(hw::shared() + sizeof slots);  // [W * N * threads], then lam's
   const Place at;
   A* const gains = block_columns + at.lane * kGainsApart;  // until then
-  if (ladder.parts > 1) open_cluster(at, slots);
+  if (Wanted::sum && ladder.parts > 1) open_cluster(at, slots);
   const SiteScalars<A> scalars(p, constants, exact);
   const int first_pack = at.part * N * ladder.threads + at.lane;
   const int packs = (static_cast<int>(ladder.row_packs) - first_pack + ladder.threads - 1) / ladder.threads;
@@ -152,7 +155,7 @@ BHYT_KERNEL(kMaxThreads) backward_rows_persistent(const BackwardParams p, const 
     for (int k = 0; k < N; ++k)
       if (k < packs) load_pack(k);
   }
-  if (at.group == 0) {
+  if (Wanted::g && at.group == 0) {
     if (p.weight.data == nullptr || p.weight.dtype == p.branch)
       keep_gains<Branch, A, W, N>(gains, p.weight, first_pack * W, apart, packs, p.d);
     else
@@ -160,10 +163,10 @@ BHYT_KERNEL(kMaxThreads) backward_rows_persistent(const BackwardParams p, const 
   }
   hw::block_barrier();
   const Scales<A> scales(scalars);
-  if (ladder.parts > 1) hw::cluster_wait();
+  if (Wanted::sum && ladder.parts > 1) hw::cluster_wait();
 
   const int written = p.grad_variance_out && at.lane == 0 && at.part == 0 ? rows : 0;  // gradients of variances
-  int stored = p.grad_x ? packs : 0;
+  int stored = Wanted::writes ? packs : 0;
   for (int turn = 0; turn < turns; ++turn) {
     if (turn == rows) {  // others of the block have another row, whose sums this group's threads may take part in
       clear_row();
@@ -192,7 +195,7 @@ BHYT_KERNEL(kMaxThreads) backward_rows_persistent(const BackwardParams p, const 
       next_x[k].get_all(x[k]);
 #pragma unroll
       for (int j = 0; j < W; ++j) hw::pin(x[k][j]);  // or it would be made anew for grad_x
-      const A added = gradient<Stream>(x[k], grad_y[k], gains + k * W, scale.a, g[k], columns[k]);
+      const A added = gradient<Stream, Wanted>(x[k], grad_y[k], gains + k * W, scale.a, g[k], columns[k]);
       sum = k == 0 ? added : hw::add(sum, added);
       if (k < next_packs) load_pack(k);
     }
@@ -206,8 +209,9 @@ BHYT_KERNEL(kMaxThreads) backward_rows_persistent(const BackwardParams p, const 
               .template store<true>(reinterpret_cast<Stream*>(grad_x_row), k * apart, p.d);
         }
     };
-    if constexpr (!exact) store_grad_x(A(0));
-    if (course.needs_sums) {
+    if constexpr (Wanted::grad_x == GradX::at_once) store_grad_x(A(0));
+    // Always so here; but ptxas takes two instructions more for 16-bit rows where it need not ask.
+    if (Wanted::sum && course.needs_sums) {
       sum = group_sum<true>(sum, ladder, at, slots, turn);
       if (ladder.parts > 1) sum = cluster_sum(sum, ladder, at, slots, turn);
       lam = hw::fma(scale.per_lam, sum, lam);
@@ -222,16 +226,18 @@ BHYT_KERNEL(kMaxThreads) backward_rows_persistent(const BackwardParams p, const 
   }
 
   hw::let_next_grid_start();
+  if (!Wanted::grad_weight && !out.lam) return;
   hw::block_barrier();  // the gains are read no more
   // Groups within a warp hold the same columns of other rows: 16 lanes away, 8, ..
   if (ladder.threads < 32) {
 #pragma unroll
     for (int mask = 16; mask > 0; mask /= 2)
       if (mask >= ladder.threads) {
+        if constexpr (Wanted::grad_weight)
 #pragma unroll
-        for (int k = 0; k < N; ++k)
+          for (int k = 0; k < N; ++k)
 #pragma unroll
-          for (int j = 0; j < W; ++j) columns[k][j] = hw::add(columns[k][j], hw::shuffle_xor(columns[k][j], mask));
+            for (int j = 0; j < W; ++j) columns[k][j] = hw::add(columns[k][j], hw::shuffle_xor(columns[k][j], mask));
         lam = hw::add(lam, hw::shuffle_xor(lam, mask));
       }
   }
@@ -241,18 +247,19 @@ BHYT_KERNEL(kMaxThreads) backward_rows_persistent(const BackwardParams p, const 
   A& block_lam = block_columns[width * W];
   for (int turn = 0; turn < group_turns; ++turn) {
     if (at.group == turn * groups_per_warp) {
+      if constexpr (Wanted::grad_weight)
 #pragma unroll
-      for (int k = 0; k < N; ++k)
+        for (int k = 0; k < N; ++k)
 #pragma unroll
-        for (int j = 0; j < W; ++j) {
-          A& column = block_columns[(j * N + k) * ladder.threads + at.lane];
-          column = turn == 0 ? columns[k][j] : hw::add(column, columns[k][j]);
-        }
+          for (int j = 0; j < W; ++j) {
+            A& column = block_columns[(j * N + k) * ladder.threads + at.lane];
+            column = turn == 0 ? columns[k][j] : hw::add(column, columns[k][j]);
+          }
       if (at.lane == 0) block_lam = turn == 0 ? lam : hw::add(block_lam, lam);
     }
     hw::block_barrier();
   }
-  if (out.weight)
+  if constexpr (Wanted::grad_weight)
     for (int i = at.group * ladder.threads + at.lane; i < width * W; i += ladder.threads * ladder.groups) {
       const int pack = i / W, j = i % W;
       const int64_t column = int64_t(at.part) * width * W + i;
@@ -277,16 +284,17 @@ backward_row_sums(const BackwardParams p, const Constants<Accumulate<Stream>> co
   const Stream* x_row = static_cast<const Stream*>(p.x.data) + row * p.x.stride;
   const Branch* grad_y = static_cast<const Branch*>(p.grad_y.data) + row * p.grad_y.stride;
 
+  using SumAlone = Wanted<GradX::unwanted, true, false>;
   A total = 0;
   for (int part = 0; part < ladder.parts; ++part) {
-    A sum = 0, x[W], g[W], columns[W] = {};
+    A sum = 0, x[W], g[W], columns[W];
     for (int k = 0; k < ladder.packs; ++k) {
       const int64_t pack = (int64_t(part) * ladder.packs + k) * ladder.threads + at.lane;
       if (!inside || pack >= ladder.row_packs) break;
       Pack<Stream, W>::template load<wide>(x_row, pack * W, p.d).get_all(x);
       const auto grad_y_pack = Pack<Branch, W>::template load<wide>(grad_y, pack * W, p.d);
       const auto gains = Gains<AnyFloat, A, W>::template load<wide>(p.weight, pack * W, p.d);
-      sum = hw::add(sum, gradient<Stream>(x, grad_y_pack, gains.values, scale.a, g, columns));
+      sum = hw::add(sum, gradient<Stream, SumAlone>(x, grad_y_pack, gains.values, scale.a, g, columns));
     }
     total = hw::add(total, group_sum(sum, ladder, at, slots, part));
   }
@@ -297,17 +305,19 @@ backward_row_sums(const BackwardParams p, const Constants<Accumulate<Stream>> co
 }
 
 // Second half: grad_x, and the columns' sums over the block's share of the rows. A thread keeps to one pack of columns.
-template <class Branch, class Stream, bool exact, bool wide>
+template <class Branch, class Stream, class Wanted, bool wide>
 BHYT_KERNEL(kColumnThreads)
 backward_columns(const BackwardParams p, const Constants<Accumulate<Stream>> constants, const int64_t row_packs,
                  const Partials<Accumulate<Stream>> out) {
   using A = Accumulate<Stream>;
   constexpr int W = kPackWidth<Stream>;
+  constexpr bool exact = Wanted::grad_x == GradX::after_sum;
   using StreamPack = Pack<Stream, W>;
   const Scales<A> scales{SiteScalars<A>(p, constants)};
   const int64_t stride = int64_t(hw::blocks_y()) * hw::threads_x();
   for (int64_t pack = int64_t(hw::block_y()) * hw::threads_x() + hw::thread_x(); pack < row_packs; pack += stride) {
-    const auto gains = Gains<AnyFloat, A, W>::template load<wide>(p.weight, pack * W, p.d);
+    Gains<AnyFloat, A, W> gains;
+    if constexpr (Wanted::g) gains = Gains<AnyFloat, A, W>::template load<wide>(p.weight, pack * W, p.d);
     A columns[W] = {};
     for (int64_t row = hw::block_x(); row < p.rows; row += hw::blocks_x()) {
       A x[W], g[W];
@@ -316,8 +326,8 @@ backward_columns(const BackwardParams p, const Constants<Accumulate<Stream>> con
       const auto grad_y = Pack<Branch, W>::template load<wide>(
           static_cast<const Branch*>(p.grad_y.data) + row * p.grad_y.stride, pack * W, p.d);
       const Scale<A> scale = scales(static_cast<const A*>(p.variance)[row]);
-      gradient<Stream>(x, grad_y, gains.values, scale.a, g, columns);
-      if (p.grad_x == nullptr) continue;
+      gradient<Stream, Wanted>(x, grad_y, gains.values, scale.a, g, columns);
+      if constexpr (!Wanted::writes) continue;
       const A dv = exact && p.grad_variance ? static_cast<const A*>(p.grad_variance)[row] : A(0);
       const A c = exact ? factor_of_x(constants, scale, out.row_sums[row], dv) : A(0);
       const auto store = [&](auto has_grad_sum) {
@@ -331,7 +341,7 @@ backward_columns(const BackwardParams p, const Constants<Accumulate<Stream>> con
       };
       p.grad_sum.data ? store(std::true_type()) : store(std::false_type());
     }
-    if (out.weight)
+    if constexpr (Wanted::grad_weight)
 #pragma unroll
       for (int j = 0; j < W; ++j)
         if (pack * W + j < p.d) out.weight[hw::block_x() * p.d + pack * W + j] = columns[j];

@@ -286,23 +286,33 @@ void backward(Bytes& in) {
   p.grad_y = grad_y.rows(), p.x = x.rows(), p.grad_sum = grad_sum.rows();
   p.variance = variance.data(), p.grad_variance = grad_variance.data();
   const bool wants_x = in.below(8), wants_variance = in.below(2), wants_weight = in.below(2), wants_lam = in.below(2);
+  void* const nowhere = reinterpret_cast<void*>(64);  // of what serves nothing that is wanted; so are null pointers
   const auto count = cpu::chunks_of(p.rows).count;
   const int64_t at = in.below(count + 1), column = in.below(p.d / cpu::kColumnBlock + 1) * cpu::kColumnBlock;
   for (const cpu::Kernels* table : cpu::runnable_kernels()) {
     const Gain weight = wide_weight(*table, p);
     BackwardOutputs out[2];
     for (int i = 0; i < 2; ++i) {
-      const Buffer weight_partials(site.accumulate, count * p.d), lam_partials(DType::f64, count);
-      const cpu::Partials partials{weight_partials.data(), reinterpret_cast<double*>(lam_partials.data())};
       if (wants_x) p.grad_x = (out[i].x = Buffer(p.stream, p.rows * p.d)).data();
       if (wants_variance && !p.exact) p.grad_variance_out = (out[i].variance = Buffer(site.accumulate, p.rows)).data();
       if (wants_weight && p.weight.data) p.grad_weight = (out[i].weight = Buffer(p.weight.dtype, p.d)).data();
       if (wants_lam) p.grad_lam = (out[i].lam = Buffer(p.lam.dtype, 1)).data();
-      run(i == 1, count, at,
-          [&](int64_t begin, int64_t end) { table->backward(p, weight.as_rows_take_it.data(), partials, begin, end); });
+      if (!p.needs_g() && !p.grad_weight) continue;
+      if (!p.grad_x && p.grad_sum.data) p.grad_sum.data = nowhere;
+      if (!p.grad_x && p.grad_variance) p.grad_variance = nowhere;
+      Buffer weight_sums, lam_sums;
+      cpu::Scratch sums;
+      if (p.grad_weight) sums.weight = (weight_sums = Buffer(site.accumulate, count * p.d)).data();
+      if (p.grad_lam) sums.lam = reinterpret_cast<double*>((lam_sums = Buffer(DType::f64, count)).data());
+      run(i == 1, count, at, [&](int64_t begin, int64_t end) {
+        Buffer g;
+        cpu::Scratch scratch = sums;
+        if (p.exact && p.grad_x) scratch.g = (g = Buffer(site.accumulate, p.d)).data();
+        table->backward(p, p.needs_g() ? weight.as_rows_take_it.data() : nullptr, scratch, begin, end);
+      });
       if (p.grad_weight)
-        run(i == 1, p.d, column, [&](int64_t begin, int64_t end) { table->sum_weight(p, partials, begin, end); });
-      if (p.grad_lam) table->sum_lam(p, partials);
+        run(i == 1, p.d, column, [&](int64_t begin, int64_t end) { table->sum_weight(p, sums, begin, end); });
+      if (p.grad_lam) table->sum_lam(p, sums);
     }
     check(out[0].x.bytes() == out[1].x.bytes(), "grad_x has other bits in parts", table->name);
     check(out[0].variance.bytes() == out[1].variance.bytes(), "grad_variance has other bits in parts", table->name);

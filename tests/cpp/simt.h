@@ -56,6 +56,7 @@ inline unsigned char* shared() { return simt::machine().current->block->shared; 
 
 template <class A>
 A shuffle_xor(A v, int mask) {
+  ++simt::machine().shuffles;
   simt::Thread& me = *simt::machine().current;
   simt::Block& block = *me.block;
   const int warp = me.id / 32, width = std::min(32, int(block.lanes.size()) - warp * 32);
@@ -140,11 +141,11 @@ inline void let_next_grid_start() {}
 template <class A>
 A add(A a, A b) { return a + b; }
 template <class A>
-A mul(A a, A b) { return a * b; }
+A mul(A a, A b) { return ++simt::machine().products, a * b; }
 template <class A>
 A div(A a, A b) { return a / b; }
-inline float fma(float a, float b, float c) { return std::fma(a, b, c); }
-inline double fma(double a, double b, double c) { return std::fma(a, b, c); }
+template <class A>
+A fma(A a, A b, A c) { return ++simt::machine().products, std::fma(a, b, c); }
 template <class A>
 A sqrt(A a) { return std::sqrt(a); }
 template <class A>

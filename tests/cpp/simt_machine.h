@@ -127,7 +127,7 @@ struct Machine {
   Order order = Order::ascending;
   bool has_float8 = true;
   int threads_x = 1, threads_y = 1, blocks_y = 1, cluster = 1;
-  int64_t blocks_x = 1, launches = 0;
+  int64_t blocks_x = 1, launches = 0, products = 0, shuffles = 0;
   std::vector<Block> blocks;  // of the cluster that runs
   std::vector<Thread> threads;
   Barrier cluster_barrier;

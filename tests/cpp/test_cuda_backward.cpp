@@ -44,8 +44,14 @@ struct Inputs {
   Tensor x, grad_y, grad_sum, variance, grad_variance, weight, lam, offset;
 };
 
+// What a call costs: multiplications, numbers that lanes exchange, bytes of workspace.
+struct Work {
+  int64_t products = 0, shuffles = 0, bytes = 0;
+};
+
 struct Outputs {
   Tensor x, variance, weight, lam;
+  Work work;
 };
 
 Inputs make_inputs(const Case& c) {
@@ -95,6 +101,11 @@ Outputs run(const Case& c, const Inputs& in) {
     p.grad_variance_out = (out.variance = Tensor(accumulate_dtype(c.stream), c.rows, 1)).data();
   if (c.wanted.weight && in.weight) p.grad_weight = (out.weight = Tensor(in.weight.dtype, 1, c.d)).data();
   if (c.wanted.lam) p.grad_lam = (out.lam = Tensor(c.lam, 1, 1)).data();
+  // What serves none of these lies where nobody may read.
+  void* const nowhere = reinterpret_cast<void*>(4096);
+  if (!p.grad_x && in.grad_sum) p.grad_sum.data = nowhere;
+  if (!p.grad_x && in.grad_variance) p.grad_variance = nowhere;
+  if (!p.grad_x && !p.grad_lam && !p.grad_variance_out && in.weight) p.weight.data = nowhere;
 
   simt::machine().order = c.order;
   cuda::Device device;
@@ -104,9 +115,11 @@ Outputs run(const Case& c, const Inputs& in) {
     for (int i = 1; i < cuda::kClusterSizes; ++i) device.resident_clusters[i] = 2;
   const int64_t bytes = cuda::backward_workspace(p, device);
   Tensor workspace(DType::f32, 1, bytes / 4);
+  simt::machine().products = simt::machine().shuffles = 0;
   check(cuda::backward(p, workspace.data(), device, {}) == cudaSuccess, "returns success: " + c.text());
   bool held = workspace.guards_hold();
   for (const Tensor* t : {&out.x, &out.variance, &out.weight, &out.lam}) held &= !*t || t->guards_hold();
+  out.work = {simt::machine().products, simt::machine().shuffles, bytes};
   check(held, "writes within its outputs: " + c.text());
   return out;
 }
@@ -222,12 +235,35 @@ void invariances(const Case& c, const Inputs& in, const Outputs& out) {
         "the same bits alone and in a batch: " + c.text());
 }
 
+// Every mask: the same bits, and no work for what it leaves out. An element takes at least one product for grad_x, one
+// for S, two for g and one for grad_weight.
 void masks(const Case& c, const Inputs& in, const Outputs& out) {
+  Work work[16];
   for (int mask = 0; mask < 16; ++mask) {
     Case part = c;
     part.wanted = {bool(mask & 1), bool(mask & 2), bool(mask & 4), bool(mask & 8)};
-    check(same(run(part, in), out), "the same bits when less is wanted: " + part.text());
+    const Outputs some = run(part, in);
+    check(same(some, out), "the same bits when less is wanted: " + part.text());
+    work[mask] = some.work;
   }
+  const auto needs_sums = [&](int mask) { return (mask & 8) || mask & (c.exact ? 1 : 2); };
+  const auto needs_g = [&](int mask) { return (mask & 1) || needs_sums(mask); };
+  const int64_t elements = c.rows * c.d;
+  for (int mask = 0; mask < 16; ++mask)
+    for (int one : {1, 2, 4, 8}) {
+      if (!(mask & one)) continue;
+      const int less = mask & ~one;
+      const bool sums = needs_sums(mask) && !needs_sums(less), g = needs_g(mask) && !needs_g(less);
+      const int64_t spared = elements * ((one == 1) + (one == 4) + sums + 2 * g);
+      const auto text = c.text() + ", mask " + std::to_string(mask) + " without " + std::to_string(one);
+      check(work[mask].products - work[less].products >= spared, "no products for what is left out: " + text);
+      check(!sums || work[mask].shuffles - work[less].shuffles >= c.rows, "no exchange of sums: " + text);
+      check(one != 4 || work[mask].bytes - work[less].bytes >= c.d * 4, "no partial sums of grad_weight: " + text);
+      check(one != 8 || work[mask].bytes > work[less].bytes, "no partial sums of grad_lam: " + text);
+    }
+  for (int mask = 0; mask < 4; ++mask)
+    check(needs_sums(mask) || work[mask].bytes == 0, "no workspace where nothing is summed: " + c.text());
+  check(work[0].products == 0 && work[0].bytes == 0, "nothing is done where nothing is wanted: " + c.text());
 }
 
 void test(const Case& c, bool more = true) {
