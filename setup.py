@@ -105,10 +105,13 @@ def extension():
 
 
 class Build(BuildExtension):
-    """Also writes what the library was built for, which `import bhyt` compares with what is running."""
+    """Also writes what the library was built for, which `import bhyt` compares with what is running or registered."""
 
     def finalize_options(self):
         super().finalize_options()
+        version = ("BHYT_VERSION", self.distribution.get_version())
+        for module in self.extensions:
+            module.define_macros = [*dict.fromkeys([*module.define_macros, version])]
         if self.editable_mode:  # setuptools compiles these in a folder it throws away: everything anew each time
             self.build_temp = str(ROOT / "build" / f"temp.{self.plat_name}-{sys.implementation.cache_tag}")
 
@@ -116,7 +119,9 @@ class Build(BuildExtension):
         super().run()
         folder = ROOT / "bhyt" if self.inplace else Path(self.build_lib) / "bhyt"
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / "_built_for.py").write_text(f'TORCH = "{torch.__version__}"\n')
+        archs = re.findall(r"code=(sm_\d+)", str(self.extensions[0].extra_compile_args))
+        facts = {"VERSION": self.distribution.get_version(), "TORCH": torch.__version__, "CUDA_ARCHS": " ".join(archs)}
+        (folder / "_built_for.py").write_text("".join(f'{name} = "{fact}"\n' for name, fact in facts.items()))
 
 
 major, minor = torch.__version__.split(".")[:2]

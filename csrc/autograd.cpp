@@ -13,6 +13,7 @@
 #include <string>
 
 #include "composite.h"
+#include "registration.h"
 
 namespace bhyt {
 namespace {
@@ -326,6 +327,7 @@ constexpr char kAddForward[] = "add_forward_quantized", kAddForwardApprox[] = "a
 }  // namespace
 
 TORCH_LIBRARY_IMPL(bhyt, Autograd, m) {
+  if (!registers_ops()) return;
   m.impl("forward", forward);
   m.impl("forward_approx", forward_approx);
   m.impl("add_forward", add_forward);

@@ -4,7 +4,10 @@
 
 #include <memory>
 
-TORCH_LIBRARY(bhyt, m) {
+#include "registration.h"
+
+TORCH_LIBRARY_FRAGMENT(bhyt, m) {
+  if (!bhyt::registers_ops()) return;
   m.def(
       "forward(Tensor x, Tensor? weight, Tensor lam, float kappa=10.0, float eps=1e-06)"
       " -> (Tensor y, Tensor variance)",
@@ -81,6 +84,7 @@ struct CallExplicit final : c10::OperatorKernel {
 }  // namespace
 
 TORCH_LIBRARY_IMPL(bhyt, CompositeImplicitAutograd, m) {
+  if (!bhyt::registers_ops()) return;
   for (const char* name : {"bhyt::forward_quantized", "bhyt::forward_approx_quantized", "bhyt::add_forward_quantized",
                            "bhyt::add_forward_approx_quantized"})
     m.impl(name, torch::CppFunction::makeFromBoxedFunctor(std::make_unique<CallExplicit>(name)));

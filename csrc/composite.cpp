@@ -3,9 +3,12 @@
 
 #include <torch/library.h>
 
+#include "registration.h"
+
 namespace bhyt {
 
 static void register_composite(torch::Library& m) {
+  if (!registers_ops()) return;
   m.impl("forward", composite::forward);
   m.impl("forward_approx", composite::forward_approx);
   m.impl("add_forward", composite::add_forward);

@@ -6,11 +6,16 @@
 #include <string>
 
 #include "cpu/kernels.h"
+#include "registration.h"
 #ifdef BHYT_CUDA
 #include "cuda/device.h"
 #endif
 
+namespace bhyt {
 namespace {
+
+#define BHYT_TEXT(x) #x
+#define BHYT_EXPANDED(x) BHYT_TEXT(x)
 
 #if defined(__clang__)
 constexpr const char* kCompiler = __VERSION__;  // begins with the name
@@ -18,29 +23,36 @@ constexpr const char* kCompiler = __VERSION__;  // begins with the name
 constexpr const char* kCompiler = "GCC " __VERSION__;
 #endif
 
-// torch: the version of the headers; compiler; cpu_tiers: those this CPU runs; cpu_tier: the one in use; cuda_archs: of
-// the machine code within; cuda_runtime: the version linked in; cuda_driver: the newest one that the driver supports, or
-// "none"; cuda_problem: why the two do not go together. A build without CUDA has cuda_archs alone, empty.
+}  // namespace
+
+// version: of bhyt; torch: the version of the headers; compiler; cpu_tiers: those this CPU runs; cpu_tier: the one in
+// use; cuda_archs: of the machine code within; cuda_runtime: the version linked in; cuda_driver: the newest one that the
+// driver supports, or "none"; cuda_problem: why the two do not go together. A build without CUDA has cuda_archs alone,
+// empty.
 c10::Dict<std::string, std::string> build_info() {
   c10::Dict<std::string, std::string> info;
+  info.insert("version", BHYT_EXPANDED(BHYT_VERSION));
   info.insert("torch", TORCH_VERSION);
   info.insert("compiler", kCompiler);
   std::string tiers;
-  for (const auto* table : bhyt::cpu::runnable_kernels()) tiers += (tiers.empty() ? "" : " ") + std::string(table->name);
+  for (const auto* table : cpu::runnable_kernels()) tiers += (tiers.empty() ? "" : " ") + std::string(table->name);
   info.insert("cpu_tiers", tiers);
-  info.insert("cpu_tier", bhyt::cpu::kernels_for(at::get_cpu_capability().c_str()).name);
+  info.insert("cpu_tier", cpu::kernels_for(at::get_cpu_capability().c_str()).name);
 #ifdef BHYT_CUDA
-  const bhyt::cuda::Versions versions = bhyt::cuda::versions();
-  info.insert("cuda_archs", bhyt::cuda::archs());
-  info.insert("cuda_runtime", bhyt::cuda::version_text(versions.runtime));
-  info.insert("cuda_driver", bhyt::cuda::version_text(versions.driver));
-  info.insert("cuda_problem", bhyt::cuda::driver_problem(versions));
+  const cuda::Versions versions = cuda::versions();
+  info.insert("cuda_archs", cuda::archs());
+  info.insert("cuda_runtime", cuda::version_text(versions.runtime));
+  info.insert("cuda_driver", cuda::version_text(versions.driver));
+  info.insert("cuda_problem", cuda::driver_problem(versions));
 #else
   info.insert("cuda_archs", "");
 #endif
   return info;
 }
 
-}  // namespace
+TORCH_LIBRARY_FRAGMENT(bhyt, m) {
+  if (!registers_ops()) return;
+  m.def("build_info() -> Dict(str, str)", build_info);
+}
 
-TORCH_LIBRARY_FRAGMENT(bhyt, m) { m.def("build_info() -> Dict(str, str)", build_info); }
+}  // namespace bhyt

@@ -8,6 +8,7 @@
 #include <tuple>
 
 #include "checks.h"
+#include "registration.h"
 
 namespace bhyt {
 namespace {
@@ -118,6 +119,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward_approx(const Tensor& grad_y,
 }  // namespace
 
 TORCH_LIBRARY_IMPL(bhyt, Meta, m) {
+  if (!registers_ops()) return;
   m.impl("forward", forward);
   m.impl("forward_approx", forward_approx);
   m.impl("add_forward", add_forward);

@@ -101,7 +101,8 @@ def copy_of_package(folder: Path) -> Path:
 
 def test_built_for_another_torch(tmp_path: Path) -> None:
     """A mismatch is one line at import: built for torch X, running Y, how to mend. USERS row 1."""
-    (copy_of_package(tmp_path) / "_built_for.py").write_text('TORCH = "1.99.0"\n')
+    with (copy_of_package(tmp_path) / "_built_for.py").open("a") as built_for:
+        built_for.write('TORCH = "1.99.0"\n')
     run = import_copy(tmp_path)
     last = run.stderr.strip().splitlines()[-1]
     assert run.returncode == 1 and last.startswith("ImportError: bhyt: built for torch 1.99.0, running torch")

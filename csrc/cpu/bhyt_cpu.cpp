@@ -9,6 +9,7 @@
 
 #include "binding.h"
 #include "cpu/kernels.h"
+#include "registration.h"
 
 namespace bhyt {
 namespace {
@@ -92,6 +93,7 @@ using Ops = DeviceOps<run_forward, run_backward, allocate>;
 }  // namespace
 
 TORCH_LIBRARY_IMPL(bhyt, CPU, m) {
+  if (!registers_ops()) return;
   m.impl("forward", Ops::forward);
   m.impl("forward_approx", Ops::forward_approx);
   m.impl("add_forward", Ops::add_forward);

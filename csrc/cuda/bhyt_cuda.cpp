@@ -10,6 +10,7 @@
 #include <string>
 
 #include "../binding.h"
+#include "../registration.h"
 #include "launch.h"
 
 // Older than Stream::native_handle. Newer torch is asked through c10 alone: it builds, and links, without CUDA as well.
@@ -84,9 +85,13 @@ std::string cuda_code(int64_t index) {
 
 }  // namespace
 
-TORCH_LIBRARY_FRAGMENT(bhyt, m) { m.def("cuda_code(int device) -> str", cuda_code); }
+TORCH_LIBRARY_FRAGMENT(bhyt, m) {
+  if (!registers_ops()) return;
+  m.def("cuda_code(int device) -> str", cuda_code);
+}
 
 TORCH_LIBRARY_IMPL(bhyt, CUDA, m) {
+  if (!registers_ops()) return;
   using Ops = DeviceOps<run_forward, run_backward>;
   m.impl("forward", &Ops::forward);
   m.impl("forward_approx", &Ops::forward_approx);
