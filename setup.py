@@ -84,8 +84,9 @@ def sources(*patterns):
 def extension():
     home = cuda_home()
     if home is None:
-        return CppExtension("bhyt._ops", sources("csrc/*.cpp", "csrc/cpu/*.cpp"), include_dirs=[str(ROOT / "csrc")],
-                            py_limited_api=True, extra_compile_args={"cxx": CXX_FLAGS})
+        return CppExtension("bhyt._ops", sources("csrc/ops/*.cpp", "csrc/cpu/*.cpp"),
+                            include_dirs=[str(ROOT / "csrc")], py_limited_api=True,
+                            extra_compile_args={"cxx": CXX_FLAGS})
     # A CppExtension, not a CUDAExtension: this also builds, and is tested, where torch itself is a CPU build. The CUDA
     # runtime is linked in; the kernels know nothing of torch.
     cpp_extension.CUDA_HOME = home
@@ -94,7 +95,7 @@ def extension():
     targets.append(f"-gencode=arch=compute_{ptx},code=compute_{ptx}")
     return CppExtension(
         "bhyt._ops",
-        sources("csrc/*.cpp", "csrc/cpu/*.cpp", "csrc/cuda/*.cpp", "csrc/cuda/*.cu"),
+        sources("csrc/ops/*.cpp", "csrc/cpu/*.cpp", "csrc/cuda/*.cpp", "csrc/cuda/*.cu"),
         include_dirs=[str(ROOT / "csrc"), str(Path(home) / "include")],
         library_dirs=[str(Path(home) / folder) for folder in ("lib64", "lib") if (Path(home) / folder).is_dir()],
         libraries=["cudart_static", "rt", "dl", "pthread", *([] if STREAM_HANDLES else ["c10_cuda"])],

@@ -3,7 +3,7 @@
 #include <torch/library.h>
 
 #ifndef OLD
-#include "registration.cpp"
+#include "ops/registration.cpp"
 
 c10::Dict<std::string, std::string> bhyt::build_info() {
   c10::Dict<std::string, std::string> info;

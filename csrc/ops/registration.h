@@ -1,4 +1,4 @@
-// Which library registers the ops: the first of a process. A copy of it, loaded later from another path, registers none.
+// Which library registers the ops: the first of a process. A copy of it that is loaded later registers none.
 #pragma once
 
 #include <ATen/core/Dict.h>

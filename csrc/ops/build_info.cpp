@@ -1,5 +1,6 @@
 // What this library was built for and what it chose, for bug reports: `python -m bhyt`.
 #include <ATen/Version.h>
+#include <c10/macros/Macros.h>
 #include <torch/library.h>
 #include <torch/version.h>
 
@@ -14,9 +15,6 @@
 namespace bhyt {
 namespace {
 
-#define BHYT_TEXT(x) #x
-#define BHYT_EXPANDED(x) BHYT_TEXT(x)
-
 #if defined(__clang__)
 constexpr const char* kCompiler = __VERSION__;  // begins with the name
 #else
@@ -25,13 +23,12 @@ constexpr const char* kCompiler = "GCC " __VERSION__;
 
 }  // namespace
 
-// version: of bhyt; torch: the version of the headers; compiler; cpu_tiers: those this CPU runs; cpu_tier: the one in
-// use; cuda_archs: of the machine code within; cuda_runtime: the version linked in; cuda_driver: the newest one that the
-// driver supports, or "none"; cuda_problem: why the two do not go together. A build without CUDA has cuda_archs alone,
-// empty.
+// version: of bhyt; torch: of its headers; compiler; cpu_tiers: those this CPU runs; cpu_tier: the one in use;
+// cuda_archs: of the machine code within; cuda_runtime: the version linked in; cuda_driver: the newest one that the
+// driver supports, or "none"; cuda_problem: why the two differ. A build without CUDA has cuda_archs alone, empty.
 c10::Dict<std::string, std::string> build_info() {
   c10::Dict<std::string, std::string> info;
-  info.insert("version", BHYT_EXPANDED(BHYT_VERSION));
+  info.insert("version", C10_STRINGIZE(BHYT_VERSION));
   info.insert("torch", TORCH_VERSION);
   info.insert("compiler", kCompiler);
   std::string tiers;

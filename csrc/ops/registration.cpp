@@ -36,8 +36,8 @@ bool is_first() {
   if (!c10::Dispatcher::singleton().findSchema({"bhyt::forward", ""})) return true;
   const std::string theirs = registered_build(), ours = build_of(build_info());
   if (theirs != ours)
-    TORCH_WARN("bhyt: ", path_of_this_library(), " is of version ", ours, ", but the ops are registered already, by version ",
-               theirs, ": they stay, and this library does nothing");
+    TORCH_WARN("bhyt: ", path_of_this_library(), " is of version ", ours, ", but the ops are registered already, by",
+               " version ", theirs, ": they stay, and this library does nothing");
   return false;
 }
 
