@@ -59,8 +59,8 @@ struct Forward {
     if constexpr (quantized) to = {std::get<q>(given), std::get<q + 1>(given), std::get<q + 2>(given)};
     const Tensor* residual = adds ? &pick<adds, 1>(given, x) : nullptr;
     const Tensor* variance = exact ? nullptr : &pick<!exact, v>(given, x);
-    return {x, residual, variance, pick<!exact, v + 1>(given, kNone), std::get<w>(given), std::get<w + 1>(given),
-            std::get<k>(given), std::get<k + 1>(given), to};
+    return {{std::get<k>(given), std::get<k + 1>(given)}, x, residual, variance, pick<!exact, v + 1>(given, kNone),
+            std::get<w>(given), std::get<w + 1>(given), to};
   }
 
   static auto tensors(Outputs& out) {
@@ -91,9 +91,9 @@ struct Backward {
   static SiteGradients call_of(const Arguments& given) {
     constexpr size_t s = 1 + exact, w = s + 3 + !exact;
     const auto& mask = std::get<w + 4>(given);
-    return {std::get<0>(given), pick<exact, 1>(given, kNone), std::get<s>(given), std::get<s + 1>(given),
-            std::get<s + 2>(given), pick<!exact, s + 3>(given, kNone), std::get<w>(given), std::get<w + 1>(given),
-            std::get<w + 2>(given), std::get<w + 3>(given), exact,
+    return {{std::get<w + 2>(given), std::get<w + 3>(given)}, std::get<0>(given), pick<exact, 1>(given, kNone),
+            std::get<s>(given), std::get<s + 1>(given), std::get<s + 2>(given), pick<!exact, s + 3>(given, kNone),
+            std::get<w>(given), std::get<w + 1>(given), exact,
             {mask[0], !exact && mask[1], mask[2 - exact], mask[3 - exact]}};
   }
 

@@ -8,6 +8,7 @@
 #include <torch/csrc/dynamo/compiled_autograd.h>
 
 #include <array>
+#include <bit>
 #include <mutex>
 #include <string>
 #include <vector>
@@ -30,9 +31,11 @@ using Wanted = std::array<bool, kEdges>;
 // What a backward needs of its forward: row, variance, offset, weight and lam, undefined where not given.
 struct Saved {
   std::array<Tensor, 5> tensors;
-  double kappa, eps;
+  Numbers numbers;
   bool exact, adds;
 };
+
+using Doubles = std::array<double, sizeof(Numbers) / sizeof(double)>;
 
 // grads: of y, sum (when adding), variance (when exact), as the schemas order them; undefined where unused.
 inline variable_list site_gradients(const variable_list& grads, const Saved& saved, const Wanted& wanted) {
@@ -43,8 +46,8 @@ inline variable_list site_gradients(const variable_list& grads, const Saved& sav
   const OptionalTensor grad_variance = saved.exact ? given(grads[1 + saved.adds]) : std::nullopt;
   const OptionalTensor given_offset = given(offset), given_weight = given(weight);
   const Gradients found = call_op(SiteGradients{
-      grad_y, grad_variance, grad_sum, row, variance, given_offset, given_weight, lam, saved.kappa, saved.eps,
-      saved.exact, {wanted[kX] || wanted[kResidual], wanted[kVariance], wanted[kWeight], wanted[kLam]}});
+      saved.numbers, grad_y, grad_variance, grad_sum, row, variance, given_offset, given_weight, lam, saved.exact,
+      {wanted[kX] || wanted[kResidual], wanted[kVariance], wanted[kWeight], wanted[kLam]}});
   // d(x + residual) is the same for both; the engine casts it to a narrower branch.
   return {wanted[kX] ? found.x : Tensor(), wanted[kResidual] ? found.x : Tensor(), found.variance, found.weight,
           found.lam};
@@ -90,15 +93,19 @@ struct SiteBackward : torch::autograd::Node {
   void compiled_args(torch::dynamo::autograd::CompiledNodeArgs& args) const override {
     args.collect(name());
     for (size_t i = 0; i < variables.size(); ++i) args.collect(variables[i], is_output(i));
-    args.collect(saved.kappa);
-    args.collect(saved.eps);
+    for (const double number : std::bit_cast<Doubles>(saved.numbers)) args.collect(number);
   }
 
   static variable_list apply_packed(const variable_list& grads, const std::vector<at::IValue>& packed) {
-    Saved saved{{}, packed[5].toDouble(), packed[6].toDouble(), packed[7].toBool(), packed[8].toBool()};
-    for (size_t i = 0; i < saved.tensors.size(); ++i) saved.tensors[i] = packed[i].toTensor();
+    Saved saved;
+    Doubles numbers;
     Wanted wanted;
-    for (size_t i = 0; i < kEdges; ++i) wanted[i] = packed[9 + i].toBool();
+    auto next = packed.begin();
+    for (Tensor& t : saved.tensors) t = (next++)->toTensor();
+    for (double& number : numbers) number = (next++)->toDouble();
+    for (bool* flag : {&saved.exact, &saved.adds}) *flag = (next++)->toBool();
+    for (bool& flag : wanted) flag = (next++)->toBool();
+    saved.numbers = std::bit_cast<Numbers>(numbers);
     return site_gradients(grads, saved, wanted);
   }
 
@@ -107,7 +114,8 @@ struct SiteBackward : torch::autograd::Node {
     for (SavedVariable& variable : variables) swapped.before(variable);
     const auto tensors = unpack().tensors;
     std::vector<at::IValue> packed(tensors.begin(), tensors.end());
-    packed.insert(packed.end(), {saved.kappa, saved.eps, saved.exact, saved.adds});
+    for (const double number : std::bit_cast<Doubles>(saved.numbers)) packed.emplace_back(number);
+    for (const bool flag : {saved.exact, saved.adds}) packed.emplace_back(flag);
     for (const bool flag : wanted()) packed.emplace_back(flag);
     std::vector<at::TypePtr> types;
     for (const auto& value : packed) types.push_back(value.isTensor() ? at::TensorType::get() : value.type());
@@ -147,7 +155,7 @@ inline Outputs record(c10::DispatchKeySet below, const Site& s) {
   node->variables = {SavedVariable(adds ? outputs.sum : s.x, adds),
                      SavedVariable(exact ? outputs.variance : *s.variance, exact), SavedVariable(s.offset, false),
                      SavedVariable(s.weight, false), SavedVariable(s.lam, false)};
-  node->saved = {{}, s.kappa, s.eps, exact, adds};
+  node->saved = {{}, s, exact, adds};
   return outputs;
 }
 

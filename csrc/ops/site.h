@@ -18,14 +18,18 @@ struct Quantized {
   at::ScalarType dtype;
 };
 
-struct Site {
+// The numbers that a backward takes over from its forward: doubles alone, which a graph's node saves whatever they are.
+struct Numbers {
+  double kappa, eps;
+};
+
+struct Site : Numbers {
   const Tensor& x;
   const Tensor* residual;  // null: nothing is added
   const Tensor* variance;  // null: the site is exact
   const OptionalTensor& offset;
   const OptionalTensor& weight;
   const Tensor& lam;
-  double kappa, eps;
   std::optional<Quantized> quantized;
 
   // The row that the statistics belong to has the dtype of this tensor, and so has the sum.
@@ -38,7 +42,7 @@ struct Outputs {
   Tensor y, sum, variance;
 };
 
-struct SiteGradients {
+struct SiteGradients : Numbers {
   const Tensor& grad_y;
   const OptionalTensor& grad_variance;  // of exact sites only
   const OptionalTensor& grad_sum;
@@ -47,7 +51,6 @@ struct SiteGradients {
   const OptionalTensor& offset;
   const OptionalTensor& weight;
   const Tensor& lam;
-  double kappa, eps;
   bool exact;
 
   struct {
