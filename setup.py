@@ -84,8 +84,9 @@ def sources(*patterns):
 def extension():
     home = cuda_home()
     if home is None:
-        return CppExtension("bhyt._ops", sources("csrc/*.cpp", "csrc/cpu/*.cpp"), include_dirs=[str(ROOT / "csrc")],
-                            py_limited_api=True, extra_compile_args={"cxx": CXX_FLAGS})
+        return CppExtension("bhyt._ops", sources("csrc/ops/*.cpp", "csrc/cpu/*.cpp"),
+                            include_dirs=[str(ROOT / "csrc")], py_limited_api=True,
+                            extra_compile_args={"cxx": CXX_FLAGS})
     # A CppExtension, not a CUDAExtension: this also builds, and is tested, where torch itself is a CPU build. The CUDA
     # runtime is linked in; the kernels know nothing of torch.
     cpp_extension.CUDA_HOME = home
@@ -94,7 +95,7 @@ def extension():
     targets.append(f"-gencode=arch=compute_{ptx},code=compute_{ptx}")
     return CppExtension(
         "bhyt._ops",
-        sources("csrc/*.cpp", "csrc/cpu/*.cpp", "csrc/cuda/*.cpp", "csrc/cuda/*.cu"),
+        sources("csrc/ops/*.cpp", "csrc/cpu/*.cpp", "csrc/cuda/*.cpp", "csrc/cuda/*.cu"),
         include_dirs=[str(ROOT / "csrc"), str(Path(home) / "include")],
         library_dirs=[str(Path(home) / folder) for folder in ("lib64", "lib") if (Path(home) / folder).is_dir()],
         libraries=["cudart_static", "rt", "dl", "pthread", *([] if STREAM_HANDLES else ["c10_cuda"])],
@@ -105,10 +106,13 @@ def extension():
 
 
 class Build(BuildExtension):
-    """Also writes what the library was built for, which `import bhyt` compares with what is running."""
+    """Also writes what the library was built for, which `import bhyt` compares with what is running or registered."""
 
     def finalize_options(self):
         super().finalize_options()
+        version = ("BHYT_VERSION", self.distribution.get_version())
+        for module in self.extensions:
+            module.define_macros = [*dict.fromkeys([*module.define_macros, version])]
         if self.editable_mode:  # setuptools compiles these in a folder it throws away: everything anew each time
             self.build_temp = str(ROOT / "build" / f"temp.{self.plat_name}-{sys.implementation.cache_tag}")
 
@@ -116,7 +120,9 @@ class Build(BuildExtension):
         super().run()
         folder = ROOT / "bhyt" if self.inplace else Path(self.build_lib) / "bhyt"
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / "_built_for.py").write_text(f'TORCH = "{torch.__version__}"\n')
+        archs = re.findall(r"code=(sm_\d+)", str(self.extensions[0].extra_compile_args))
+        facts = {"VERSION": self.distribution.get_version(), "TORCH": torch.__version__, "CUDA_ARCHS": " ".join(archs)}
+        (folder / "_built_for.py").write_text("".join(f'{name} = "{fact}"\n' for name, fact in facts.items()))
 
 
 major, minor = torch.__version__.split(".")[:2]

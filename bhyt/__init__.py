@@ -8,7 +8,8 @@ fused ops, `bhyt.reference` the formulas in plain PyTorch. Importing this packag
 
 from bhyt import _library
 
-_library.load()
+__version__ = "0.1.0"
+_library.load(__version__)
 
 from bhyt import diagnostics, functional, quantization, reference  # noqa: E402  (they name the ops just registered)
 from bhyt._library import library_path  # noqa: E402
@@ -32,4 +33,3 @@ __all__ = [
     "quantization",
     "reference",
 ]
-__version__ = "0.1.0"

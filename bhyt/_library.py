@@ -1,6 +1,7 @@
 """Finds and loads the op library, or says in one line why it cannot be."""
 
 from pathlib import Path
+from typing import Mapping
 
 import torch
 
@@ -29,23 +30,51 @@ def library_path() -> str:
     return str(library)
 
 
-def load() -> None:
-    """Register `torch.ops.bhyt.*`.
+def _build(info: Mapping[str, str]) -> str:
+    """What decides whether two builds are the same, as text; `info` is in the names of `torch.ops.bhyt.build_info`."""
+    archs = info.get("cuda_archs", "unknown")
+    text = f"{info.get('version', 'unknown')} for torch {_minor(info.get('torch', 'unknown'))}"
+    return text + (f" and CUDA {archs}" if archs else "")
+
+
+def _registered() -> Mapping[str, str]:
+    """What a library that this process has loaded by itself was built for; empty when it does not say."""
+    info: Mapping[str, str] = torch.ops.bhyt.build_info() if hasattr(torch.ops.bhyt, "build_info") else {}
+    return info
+
+
+def load(version: str) -> None:
+    """Register `torch.ops.bhyt.*`, unless a library of the same build has.
+
+    Args:
+        version: of this package.
 
     Raises:
-        ImportError: the library is missing, was built for another minor version of torch, or does not load.
+        ImportError: the library is missing, was built for another minor version of torch or another version of bhyt,
+            or does not load; or the ops are registered already, by a library of another build.
     """
     try:
-        from bhyt import _built_for
+        from bhyt._built_for import CUDA_ARCHS, TORCH, VERSION
     except ImportError:
         raise ImportError(f"bhyt: the op library has not been built; {_MEND}") from None
-    if _minor(_built_for.TORCH) != _minor(torch.__version__):
-        raise ImportError(f"bhyt: built for torch {_built_for.TORCH}, running torch {torch.__version__}; {_MEND}")
+    if _minor(TORCH) != _minor(torch.__version__):
+        raise ImportError(f"bhyt: built for torch {TORCH}, running torch {torch.__version__}; {_MEND}")
+    if VERSION != version:
+        raise ImportError(f"bhyt: version {version} has an op library of version {VERSION}; {_MEND}")
+    if hasattr(torch.ops.bhyt, "forward"):
+        ours = _build({"version": version, "torch": TORCH, "cuda_archs": CUDA_ARCHS})
+        theirs = _build(_registered())
+        if theirs != ours:
+            raise ImportError(
+                f"bhyt: a library that was loaded before has registered the ops of version {theirs}, this package needs"
+                f" those of version {ours}: load a copy of bhyt.library_path() instead, or none"
+            )
+        return
     library = library_path()
     try:
         torch.ops.load_library(library)  # type: ignore[no-untyped-call]
     except OSError as error:
         raise ImportError(
-            f"bhyt: the op library built for torch {_built_for.TORCH} does not load in torch {torch.__version__}"
+            f"bhyt: the op library built for torch {TORCH} does not load in torch {torch.__version__}"
             f" ({error}); {_MEND}"
         ) from error

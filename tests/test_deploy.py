@@ -51,11 +51,11 @@ def one_step(model: nn.Module, ids: Tensor) -> Dict[str, Tensor]:
     return results | {name: parameter.detach() for name, parameter in model.named_parameters()}
 
 
-def fresh_process(code: str, *arguments: object) -> None:
-    """Runs code in a Python that knows the op library and nothing else of bhyt; sys.argv[1] is the library."""
+def fresh_process(code: str, *arguments: object, library: str = "") -> None:
+    """Runs code in a Python that knows the op library, or this copy of it, and nothing else of bhyt."""
     prologue = "import sys, torch; torch.ops.load_library(sys.argv[1]); a = sys.argv[2:]\n"
     run = subprocess.run(
-        [sys.executable, "-c", prologue + code, bhyt.library_path(), *map(str, arguments)],
+        [sys.executable, "-c", prologue + code, library or bhyt.library_path(), *map(str, arguments)],
         capture_output=True,
         text=True,
     )
@@ -221,15 +221,19 @@ def test_deploy_page(page: Path) -> None:
 
 @pytest.mark.slow
 def test_aoti_package_in_a_fresh_process(page: Path, tmp_path: Path) -> None:
-    """The page's package runs where only the op library is loaded, at other lengths too. USERS row 23."""
+    """The page's package runs where only the page's copy of the op library is loaded, at other lengths too, and goes on
+    after `import bhyt`. USERS row 23."""
     inputs = [torch.randn(length, 64) for length in (17, 5)]
     torch.save(inputs, tmp_path / "inputs.pt")
     fresh_process(
-        "m = torch._inductor.aoti_load_package(a[0])\n"
-        "with torch.no_grad(): torch.save([m(x) for x in torch.load(a[1])], a[2])",
+        "m, inputs = torch._inductor.aoti_load_package(a[0]), torch.load(a[1])\n"
+        "with torch.no_grad(): before = [m(x) for x in inputs]; import bhyt; after = [m(x) for x in inputs]\n"
+        "bhyt.BHyT(64)(inputs[0]).sum().backward(); torch.save((before, after), a[2])",
         *(page / "net-compiled.pt2", tmp_path / "inputs.pt", tmp_path / "outputs.pt"),
+        library=str(page / "bhyt_ops.so"),
     )
     model = torch.export.load(page / "net-exported.pt2").module()
     with torch.no_grad():
-        for actual, x in zip(torch.load(tmp_path / "outputs.pt"), inputs, strict=True):
-            assert_same_results(actual, model(x))
+        for before, after, x in zip(*torch.load(tmp_path / "outputs.pt"), inputs, strict=True):
+            assert_same_results(before, model(x))
+            assert same_bits(after, before)

@@ -41,11 +41,27 @@ def test_kernels_know_no_torch() -> None:
     assert not wrong, f"{wrong} include torch headers"
 
 
+def files_with(pattern: str) -> List[str]:
+    """The C++ and CUDA files in whose text the pattern is."""
+    return [path.name for path in sources("csrc/*.*", "csrc/*/*.*") if re.search(pattern, path.read_text())]
+
+
+def test_ops_are_said_once() -> None:
+    """One file has the schemas, one has the list of ops that a dispatch key implements."""
+    assert files_with(r"Tensor\? weight, Tensor lam") == ["schemas.cpp"]
+    assert files_with(r"m\.impl\(") == ["adapters.h", "schemas.cpp"]  # the latter: quantised ops call their overload
+
+
+def test_what_is_private_to_torch_is_in_one_file() -> None:
+    """Autograd's and compiled autograd's insides, which torch may change."""
+    private = r"torch/csrc|torch::dynamo|torch::autograd|c10::impl::tls"
+    assert files_with(private) == ["autograd_node.h"]
+
+
 def test_threads_are_those_of_torch() -> None:
     """DESIGN: at::parallel_for only. No OpenMP pragma, no std::thread, no atomics in the kernels. USERS row
     29."""
-    forbidden = re.compile(r"#\s*pragma\s+omp|std::thread|std::async|atomicAdd|std::atomic")
-    wrong = [path.name for path in sources("csrc/*.*", "csrc/*/*.*") if forbidden.search(path.read_text())]
+    wrong = files_with(r"#\s*pragma\s+omp|std::thread|std::async|atomicAdd|std::atomic")
     assert not wrong, f"{wrong} bring their own threads or atomics"
 
 
@@ -101,7 +117,8 @@ def copy_of_package(folder: Path) -> Path:
 
 def test_built_for_another_torch(tmp_path: Path) -> None:
     """A mismatch is one line at import: built for torch X, running Y, how to mend. USERS row 1."""
-    (copy_of_package(tmp_path) / "_built_for.py").write_text('TORCH = "1.99.0"\n')
+    with (copy_of_package(tmp_path) / "_built_for.py").open("a") as built_for:
+        built_for.write('TORCH = "1.99.0"\n')
     run = import_copy(tmp_path)
     last = run.stderr.strip().splitlines()[-1]
     assert run.returncode == 1 and last.startswith("ImportError: bhyt: built for torch 1.99.0, running torch")

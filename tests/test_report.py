@@ -12,6 +12,7 @@ from torch import Tensor
 
 import bhyt
 from bhyt import __main__ as report
+from bhyt import _built_for
 
 
 def test_report_and_self_check(tmp_path: Path) -> None:
@@ -26,8 +27,11 @@ def test_report_and_self_check(tmp_path: Path) -> None:
 
 
 def test_build_info() -> None:
-    """Built for the torch that runs; the tier in use is one that this CPU runs."""
+    """Built for the torch that runs, of this version; the package knows the same facts of it. The tier in use is one that
+    this CPU runs."""
     build = torch.ops.bhyt.build_info()
+    assert build["version"] == bhyt.__version__ == _built_for.VERSION
+    assert build["cuda_archs"] == _built_for.CUDA_ARCHS
     assert torch.__version__.startswith(build["torch"].split("+")[0].rsplit(".", 1)[0])
     assert build["cpu_tier"] in build["cpu_tiers"].split()
 

@@ -7,8 +7,8 @@
 
 #include <optional>
 
-#include "binding.h"
 #include "cpu/kernels.h"
+#include "ops/device.h"
 
 namespace bhyt {
 namespace {
@@ -85,21 +85,8 @@ Tensor allocate(at::IntArrayRef sizes, at::ScalarType dtype, const Tensor&) {
   return at::detail::empty_cpu(sizes, dtype, /*pin_memory=*/false, /*memory_format=*/std::nullopt);
 }
 
-using Ops = DeviceOps<run_forward, run_backward, allocate>;
-
 }  // namespace
 
-TORCH_LIBRARY_IMPL(bhyt, CPU, m) {
-  m.impl("forward", Ops::forward);
-  m.impl("forward_approx", Ops::forward_approx);
-  m.impl("add_forward", Ops::add_forward);
-  m.impl("add_forward_approx", Ops::add_forward_approx);
-  m.impl("forward_quantized.explicit", Ops::forward_quantized);
-  m.impl("forward_approx_quantized.explicit", Ops::forward_approx_quantized);
-  m.impl("add_forward_quantized.explicit", Ops::add_forward_quantized);
-  m.impl("add_forward_approx_quantized.explicit", Ops::add_forward_approx_quantized);
-  m.impl("backward", Ops::backward);
-  m.impl("backward_approx", Ops::backward_approx);
-}
+TORCH_LIBRARY_IMPL(bhyt, CPU, m) { register_ops<DeviceOps<run_forward, run_backward, allocate>>(m); }
 
 }  // namespace bhyt

@@ -1,4 +1,4 @@
-// The CUDA key of the ops: device guard, current stream, workspace, errors. Checks and allocation are binding.h's.
+// The CUDA key of the ops: device guard, current stream, workspace, errors. Checks and allocation are ops/device.h's.
 #include <ATen/ATen.h>
 #include <c10/core/DeviceGuard.h>
 #include <c10/core/impl/VirtualGuardImpl.h>
@@ -9,7 +9,7 @@
 #include <array>
 #include <string>
 
-#include "../binding.h"
+#include "../ops/device.h"
 #include "launch.h"
 
 // Older than Stream::native_handle. Newer torch is asked through c10 alone: it builds, and links, without CUDA as well.
@@ -84,20 +84,11 @@ std::string cuda_code(int64_t index) {
 
 }  // namespace
 
-TORCH_LIBRARY_FRAGMENT(bhyt, m) { m.def("cuda_code(int device) -> str", cuda_code); }
-
-TORCH_LIBRARY_IMPL(bhyt, CUDA, m) {
-  using Ops = DeviceOps<run_forward, run_backward>;
-  m.impl("forward", &Ops::forward);
-  m.impl("forward_approx", &Ops::forward_approx);
-  m.impl("add_forward", &Ops::add_forward);
-  m.impl("add_forward_approx", &Ops::add_forward_approx);
-  m.impl("forward_quantized.explicit", &Ops::forward_quantized);
-  m.impl("forward_approx_quantized.explicit", &Ops::forward_approx_quantized);
-  m.impl("add_forward_quantized.explicit", &Ops::add_forward_quantized);
-  m.impl("add_forward_approx_quantized.explicit", &Ops::add_forward_approx_quantized);
-  m.impl("backward", &Ops::backward);
-  m.impl("backward_approx", &Ops::backward_approx);
+TORCH_LIBRARY_FRAGMENT(bhyt, m) {
+  if (!registers_ops()) return;
+  m.def("cuda_code(int device) -> str", cuda_code);
 }
+
+TORCH_LIBRARY_IMPL(bhyt, CUDA, m) { register_ops<DeviceOps<run_forward, run_backward>>(m); }
 
 }  // namespace bhyt

@@ -121,17 +121,18 @@ inline void given_variance(const Tensor& stream, const Tensor& variance, const s
   if (offset) one_element("variance_offset", *offset, stream);
 }
 
-inline bool is_quantized(ScalarType t) { return t == at::kChar || t == at::kByte || t == at::kFloat8_e4m3fn; }
+// Of the integers that y may become; float8 has no zero_point but this.
+inline int64_t lowest(ScalarType t) { return t == at::kChar ? -128 : 0; }
 
 // 1 / scale is a normal float32 within these.
 inline void quantization(double scale, int64_t zero_point, ScalarType dtype) {
-  TORCH_CHECK_TYPE(is_quantized(dtype), "bhyt: dtype: expected int8, uint8 or float8_e4m3fn, got ", name_of(dtype));
+  TORCH_CHECK_TYPE(dtype == at::kChar || dtype == at::kByte || dtype == at::kFloat8_e4m3fn,
+                   "bhyt: dtype: expected int8, uint8 or float8_e4m3fn, got ", name_of(dtype));
   TORCH_CHECK_VALUE(scale >= 0x1p-126 && scale <= 0x1p126, "bhyt: scale: expected a number > 0 (2^-126 to 2^126), got ",
                     scale);
-  const int64_t lowest = dtype == at::kChar ? -128 : 0;
-  const int64_t highest = dtype == at::kFloat8_e4m3fn ? 0 : lowest + 255;
-  TORCH_CHECK_VALUE(zero_point >= lowest && zero_point <= highest, "bhyt: zero_point: expected an integer from ",
-                    lowest, " to ", highest, " for ", name_of(dtype), ", got ", zero_point);
+  const int64_t highest = dtype == at::kFloat8_e4m3fn ? 0 : lowest(dtype) + 255;
+  TORCH_CHECK_VALUE(zero_point >= lowest(dtype) && zero_point <= highest, "bhyt: zero_point: expected an integer from ",
+                    lowest(dtype), " to ", highest, " for ", name_of(dtype), ", got ", zero_point);
 }
 
 inline void gradients(const Tensor& grad_y, const std::optional<Tensor>& grad_sum, const Tensor& x) {

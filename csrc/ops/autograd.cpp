@@ -1,0 +1,58 @@
+// Autograd of the ops: which way a call takes.
+//   composite      a functorch transform or a forward-mode tangent is present, or a backward is differentiated in turn
+//   below autograd nothing requires grad
+//   record         otherwise: the fused op, and a node whose backward calls bhyt::backward through the dispatcher
+#include <ATen/core/grad_mode.h>
+
+#include "autograd_node.h"
+#include "composite.h"
+
+namespace bhyt {
+namespace {
+
+using c10::DispatchKeySet;
+
+// Of what a call is differentiated by: not of the offset, unless that would be a gradient of a quantised op.
+template <class Is>
+bool any_of(const Site& s, const Is& is) {
+  return is(&s.x) || is(s.residual) || is(s.variance) || (s.weight && is(&*s.weight)) || is(&s.lam) ||
+         (s.quantized && s.offset && is(&*s.offset));
+}
+template <class Is>
+bool any_of(const SiteGradients& s, const Is& is) {
+  return is(&s.grad_y) || (s.grad_variance && is(&*s.grad_variance)) || (s.grad_sum && is(&*s.grad_sum)) || is(&s.x) ||
+         is(&s.variance) || (s.weight && is(&*s.weight)) || is(&s.lam);
+}
+
+template <class T>
+bool has_tangent(const T& of) {
+  return any_of(of, [](const Tensor* t) { return t && t->defined() && t->_fw_grad(/*level=*/0).defined(); });
+}
+
+template <class T>
+bool wants_graph(const T& of) {
+  return c10::GradMode::is_enabled() &&
+         any_of(of, [](const Tensor* t) { return t && t->defined() && t->requires_grad(); });
+}
+
+struct Routes {
+  static Outputs forward(DispatchKeySet keys, const Site& s) {
+    if (s.quantized)
+      TORCH_CHECK(!wants_graph(s) && !has_tangent(s), "bhyt: ", with_op(s, [](auto op) { return op.name(); }),
+                  ": not differentiable; call it under torch.no_grad(), or with tensors that do not require grad");
+    if (inside_functorch_transform() || has_tangent(s)) return Composite::forward(s);
+    const DispatchKeySet below = keys & c10::after_autograd_keyset;
+    return wants_graph(s) ? record(below, s) : call_op(s, below);
+  }
+
+  static Gradients backward(DispatchKeySet keys, const SiteGradients& s) {
+    if (inside_functorch_transform() || has_tangent(s) || wants_graph(s)) return Composite::backward(s);
+    return call_op(s, keys & c10::after_autograd_keyset);
+  }
+};
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(bhyt, Autograd, m) { register_ops<Routes, DispatchKeySet>(m); }
+
+}  // namespace bhyt

@@ -1,0 +1,14 @@
+// The formula in plain ATen ops, differentiable to any order: what runs on devices without kernels of their own, under
+// functorch transforms, with forward-mode tangents, and when a backward is itself differentiated.
+#pragma once
+
+#include "site.h"
+
+namespace bhyt {
+
+struct Composite {
+  static Outputs forward(const Site& s);
+  static Gradients backward(const SiteGradients& s);
+};
+
+}  // namespace bhyt

@@ -1,0 +1,80 @@
+// One call of an op as a value: every forward is a Site, every backward a SiteGradients. Both own nothing: the tensors
+// are the caller's. Here, and in one order for every device, the arguments of a call are checked.
+#pragma once
+
+#include "checks.h"
+
+namespace bhyt {
+
+using at::Tensor;
+using OptionalTensor = std::optional<Tensor>;
+
+inline const OptionalTensor kNone;
+
+// How a call asks for y in eight bits, in the names of the schemas.
+struct Quantized {
+  double scale;
+  int64_t zero_point;
+  at::ScalarType dtype;
+};
+
+// The numbers that a backward takes over from its forward: doubles alone, which a graph's node saves whatever they are.
+struct Numbers {
+  double kappa, eps;
+};
+
+struct Site : Numbers {
+  const Tensor& x;
+  const Tensor* residual;  // null: nothing is added
+  const Tensor* variance;  // null: the site is exact
+  const OptionalTensor& offset;
+  const OptionalTensor& weight;
+  const Tensor& lam;
+  std::optional<Quantized> quantized;
+
+  // The row that the statistics belong to has the dtype of this tensor, and so has the sum.
+  const Tensor& stream() const { return residual ? *residual : x; }
+  at::ScalarType y_dtype() const { return quantized ? quantized->dtype : x.scalar_type(); }
+};
+
+// sum: with a residual only; variance: of exact sites only.
+struct Outputs {
+  Tensor y, sum, variance;
+};
+
+struct SiteGradients : Numbers {
+  const Tensor& grad_y;
+  const OptionalTensor& grad_variance;  // of exact sites only
+  const OptionalTensor& grad_sum;
+  const Tensor& x;  // what the forward took, or its sum
+  const Tensor& variance;
+  const OptionalTensor& offset;
+  const OptionalTensor& weight;
+  const Tensor& lam;
+  bool exact;
+
+  struct {
+    bool x, variance, weight, lam;  // variance: of approximate sites only
+  } wanted;
+};
+
+// Undefined where nothing is wanted.
+struct Gradients {
+  Tensor x, variance, weight, lam;
+};
+
+inline void check(const Site& s) {
+  if (s.residual) checks::residual(s.x, *s.residual);
+  checks::site(s.x, s.weight, s.lam, s.kappa, s.eps);
+  if (s.variance) checks::given_variance(s.stream(), *s.variance, s.offset);
+  if (s.quantized) checks::quantization(s.quantized->scale, s.quantized->zero_point, s.quantized->dtype);
+}
+
+inline void check(const SiteGradients& s) {
+  checks::site(s.x, s.weight, s.lam, s.kappa, s.eps);
+  checks::gradients(s.grad_y, s.grad_sum, s.x);
+  checks::given_variance(s.x, s.variance, s.offset);
+  if (s.grad_variance) checks::per_row("grad_variance", *s.grad_variance, s.x);
+}
+
+}  // namespace bhyt
