@@ -100,8 +100,6 @@ class VarianceOffset(nn.Module):
         missing_keys: List[str], unexpected_keys: List[str], error_msgs: List[str],
     ) -> None:  # fmt: skip
         key = prefix + _NAME
-        if key in state_dict and state_dict[key].dim() == 0:  # saved before 0.2
-            state_dict[key] = state_dict[key].reshape(1)
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )

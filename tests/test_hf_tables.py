@@ -233,6 +233,16 @@ def test_numbers_without_a_dimension(options: Dict[str, Any], tmp_path: Path) ->
         assert same_bits(site.variance_offset, other.variance_offset)
 
 
+def test_a_load_that_lacks_parameters(tmp_path: Path) -> None:
+    """Parameters of the layers that no file has are an error, which names them: they would be new."""
+    converted().save_pretrained(tmp_path)
+    file = tmp_path / "model.safetensors"
+    tensors = {n: t for n, t in load_file(file).items() if ".1.mlp." not in n}
+    save_file(tensors, file, metadata={"format": "pt"})
+    with pytest.raises(RuntimeError, match=r"its weights lack model.layers.1.mlp.down_proj.weight, .*BHyTLlamaForCausalLM"):
+        transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+
+
 def sites(model: nn.Module) -> List[Any]:
     return [layer.post_attention_layernorm for layer in model.model.layers]
 

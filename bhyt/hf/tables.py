@@ -125,4 +125,4 @@ class _OneDimension(ConversionOps):  # type: ignore[misc]
 
 
 def _numbers() -> List[Any]:
-    return [WeightConverter(name, name, operations=[_OneDimension()]) for name in ("variance_offset", r"layernorm.lam")]
+    return [WeightConverter(name, name, operations=[_OneDimension()]) for name in ("variance_offset", "norm.lam")]
