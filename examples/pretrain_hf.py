@@ -137,7 +137,7 @@ def pretrain(arguments: argparse.Namespace, settings: Preset, plan: Plan, world:
     training = training_arguments(arguments, settings, plan, len(held_out_sequences) // world.size, device)
     with Signals(world) as signals:
         trainer, stop = make_trainer(model, training, sequences, held_out_sequences, tokenizer, world,
-                                     arguments.refresh if plan.norm == "bhyt" else 0,
+                                     arguments.refresh if plan.norm == "bhyt" else 0, arguments.keep,
                                      lambda: signals.received)  # fmt: skip
         if checkpoint:
             say(f"resumes {checkpoint.name}", flush=True)
@@ -181,7 +181,7 @@ def training_arguments(
         ignore_data_skip=True, prediction_loss_only=True,
         per_device_eval_batch_size=max(n for n in range(1, plan.micro_batch + 1) if eval_share % n == 0),
         eval_strategy="steps", eval_steps=arguments.eval_every or often, save_steps=arguments.save_every or often,
-        save_total_limit=arguments.keep, logging_steps=arguments.log_every, logging_nan_inf_filter=False,
+        logging_steps=arguments.log_every, logging_nan_inf_filter=False,
         report_to=["tensorboard"], disable_tqdm=True, ddp_find_unused_parameters=False,
         fsdp=True if arguments.fsdp else None, fsdp_config=str(arguments.fsdp) if arguments.fsdp else None,
         deepspeed=str(arguments.deepspeed) if arguments.deepspeed else None,

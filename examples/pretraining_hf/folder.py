@@ -13,6 +13,7 @@ from typing import Any
 from pretraining.files import locked
 
 from .data import HeldOut, Source, load_tokenizer, train_tokenizer
+from .train import checkpoints_of
 
 TOKENIZER_DOCUMENTS = 100_000  # the first so many are what a tokenizer is trained on
 
@@ -28,7 +29,7 @@ def claim(arguments: argparse.Namespace, until_the_end: contextlib.ExitStack) ->
     until_the_end.enter_context(locked(out))
     there = [path for path in sorted(out.iterdir()) if path.name != "lock"]
     if arguments.overwrite:
-        for path in [*out.glob("checkpoint-*"), *(out / name for name in ("logs", "model", "tokenizer"))]:
+        for path in [*checkpoints_of(out), *(out / name for name in ("logs", "model", "tokenizer"))]:
             shutil.rmtree(path, ignore_errors=True)
         for name in ("run.json", "trainer_state.json"):
             (out / name).unlink(missing_ok=True)
