@@ -1,5 +1,5 @@
 """examples/pretrain_hf.py in miniature: two processes train what one trains, are stopped, go on; the plan, and what is
-refused. Its data: test_pretrain_data.py."""
+refused. Its data: test_pretrain_documents.py, test_pretrain_data.py."""
 
 import itertools
 import json
@@ -27,8 +27,9 @@ from pages import blocks  # noqa: E402
 
 import bhyt  # noqa: E402
 from pretraining.distributed import World  # noqa: E402
-from pretraining_hf import data as data_module  # noqa: E402
-from pretraining_hf.data import HeldOut, Source, evaluation  # noqa: E402
+from pretraining_hf import documents as documents_module  # noqa: E402
+from pretraining_hf.data import HeldOut, evaluation  # noqa: E402
+from pretraining_hf.documents import Source  # noqa: E402
 from pretraining_hf.plan import Plan, build_model, checkpoint_activations  # noqa: E402
 from pretraining_hf.presets import PRESETS  # noqa: E402
 from pretraining_hf.train import StreamTrainer, last_checkpoint  # noqa: E402
@@ -53,7 +54,7 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     if sample.exists():
         lines = sample.read_text().splitlines()[:400]
     else:
-        rows = itertools.islice(data_module._python_sources(), 400)
+        rows = itertools.islice(documents_module._python_sources(), 400)
         lines = [json.dumps({"text": row["text"][:2000]}) for row in rows]
     path = tmp_path_factory.mktemp("corpus") / "corpus.jsonl"
     path.write_text("\n".join(lines) + "\n")

@@ -12,7 +12,8 @@ from typing import Any
 
 from pretraining.files import locked
 
-from .data import HeldOut, Source, load_tokenizer, train_tokenizer
+from .data import HeldOut, load_tokenizer, train_tokenizer
+from .documents import Source
 from .train import checkpoints_of
 
 TOKENIZER_DOCUMENTS = 100_000  # the first so many are what a tokenizer is trained on
@@ -68,6 +69,8 @@ def ensure_tokenizer(folder: Path, source: Source, held_out: HeldOut, vocab_size
 
 def checked_tokenizer(place: str, vocab_size: int) -> Any:
     tokenizer = load_tokenizer(place)
-    if len(tokenizer) > vocab_size:
-        raise SystemExit(f"--vocab-size: expected at least the {len(tokenizer)} tokens of {place}, got {vocab_size}")
+    largest = max(tokenizer.get_vocab().values())  # there may be holes below
+    if largest >= vocab_size:
+        raise SystemExit(f"--vocab-size: expected at least the {len(tokenizer)} tokens of {place}, whose largest id is "
+                         f"{largest}, got {vocab_size}")  # fmt: skip
     return tokenizer
