@@ -127,7 +127,7 @@ class Build(BuildExtension):
 
 major, minor = torch.__version__.split(".")[:2]
 setup(
-    packages=["bhyt", "bhyt.hf", "bhyt.hf.families", "bhyt.quantization"],
+    packages=["bhyt", "bhyt.hf", "bhyt.hf.families", "bhyt.quantization", "bhyt.vllm"],
     ext_modules=[extension()],
     cmdclass={"build_ext": Build.with_options(use_ninja=True)},
     options={"bdist_wheel": {"py_limited_api": "cp310"}},

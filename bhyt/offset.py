@@ -87,13 +87,16 @@ class VarianceOffset(nn.Module):
         return self.variance_offset
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
-        before = self.variance_offset
+        before, empty = self.variance_offset, self._is_empty()
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         if self.variance_offset.dtype != torch.float32:
             self.variance_offset = before.to(self.variance_offset.device)
-        if before.is_meta and not self.variance_offset.is_meta:  # to_empty: memory, but no value yet
+        if empty and not self._is_empty():  # to_empty: memory, but no value yet
             self._unset_offset()
         return self
+
+    def _is_empty(self) -> bool:
+        return any(tensor.is_meta for tensor in (*self.parameters(), *self.buffers()))
 
     def _load_from_state_dict(
         self, state_dict: Dict[str, Any], prefix: str, local_metadata: Dict[str, Any], strict: bool,

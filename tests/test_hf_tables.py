@@ -332,6 +332,16 @@ def test_config_is_typed() -> None:
     assert hf.BHyTLlamaConfig.from_dict(config.to_dict()).to_dict() == config.to_dict()
 
 
+@pytest.mark.parametrize("base", sorted(BASES))
+def test_other_names_of_fields(base: str) -> None:
+    """A config is made, and where its base's fields have other names as well, they have here."""
+    config = CONFIGS[base]()
+    for alias, name in type(config).attribute_map.items():
+        value = getattr(config, name)
+        setattr(config, alias, value)
+        assert alias not in vars(config) and getattr(config, alias) == value
+
+
 def test_classes_are_plain() -> None:
     """Each class of a family is where its name says, so that it pickles and can be looked up."""
     for name, made in CLASSES.items():

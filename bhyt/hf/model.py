@@ -19,6 +19,7 @@ from bhyt.modules import BHyT, BHyTApprox
 from bhyt.quantization import quantized_as
 
 _OFFSET, _WEIGHT_SCALE = "variance_offset", "weight_scale"
+SERVED = "_bhyt_served"  # a config's attribute, by which bhyt.vllm says that it is at work
 _MODELS: Dict[Any, Any] = {}  # a class of transformers -> the BHyT class in front of it
 
 
@@ -41,6 +42,11 @@ class BHyTModelMixin(nn.Module):
             raise TypeError(
                 f"config: expected a {self.config_class.__name__}, got {type(config).__name__};"
                 " bhyt.hf.convert turns a model of that config into one with BHyT sites"
+            )
+        if getattr(config, "_attn_implementation", None) == "vllm" and not getattr(config, SERVED, False):
+            raise RuntimeError(
+                "config: vLLM serves a BHyT model by bhyt's plugin (vllm.general_plugins), which is not at work: install bhyt"
+                " beside vLLM, leave VLLM_PLUGINS unset or name bhyt there, and leave model_impl unset"
             )
         super().__init__(config, *args, **kwargs)
         if any(isinstance(module, ConvertedLayer) for module in self.modules()):

@@ -21,9 +21,12 @@ def _is_its_own(layer: Any) -> bool:
     """Whether its weights are W_V and W_O, and its own; otherwise the offset stays what was computed before, or loaded."""
     if torch._C._are_functorch_transforms_active() or getattr(layer, "_is_replica", False):
         return False  # a transform's, or nn.DataParallel's
-    if hasattr(active_site(layer.input_layernorm), "gain_folded"):
-        return False
-    return all(hasattr(layer.self_attn, name) for name in ("v_proj", "o_proj"))  # engines may merge q, k and v
+    return not hasattr(active_site(layer.input_layernorm), "gain_folded") and _has_projections(layer.self_attn)
+
+
+def _has_projections(attention: Any) -> bool:
+    """Not so where an engine has merged q, k and v."""
+    return hasattr(attention, "v_proj") and hasattr(attention, "o_proj")
 
 
 class _Value:
@@ -50,14 +53,21 @@ def _compute(layer: Any, adapter: Optional[str] = None) -> Tensor:
     """The offset of the layer as it is, a scalar. adapter: PEFT's, instead of those that are active.
 
     Raises:
-        RuntimeError: the first site's gain is folded (see `bhyt.fold_gain`); a weight has not been loaded (meta).
+        RuntimeError: the first site's gain is folded (see `bhyt.fold_gain`); a weight has not been loaded (meta), is one
+            of an engine's shards, or merged with others.
     """
     attention, first = layer.self_attn, active_site(layer.input_layernorm)
     if hasattr(first, "gain_folded"):
         raise RuntimeError("model: its gains are folded into W_V, of which c must not be computed; unfold it before")
+    if not _has_projections(attention):
+        raise RuntimeError("model: its attention has no v_proj and o_proj, of which c is computed; load the offset instead")
     with present(attention.v_proj, attention.o_proj, first):
+        values = matrix_of(attention.v_proj, first.lam.dtype, adapter)
+        rows = layer.config.num_key_value_heads * attention.head_dim
+        if len(values) != rows:
+            raise RuntimeError(f"model: v_proj has {len(values)} of its {rows} rows here; c is that of all of them")
         gain = attention_gain(
-            matrix_of(attention.v_proj, first.lam.dtype, adapter), matrix_of(attention.o_proj, first.lam.dtype, adapter),
+            values, matrix_of(attention.o_proj, first.lam.dtype, adapter),
             layer.config.seq_len, attention.num_key_value_groups, head_dim=attention.head_dim,
         )  # fmt: skip
         if layer.config.use_gamma_var and first.weight is not None:

@@ -74,7 +74,8 @@ def active_site(module: Any) -> Any:
 
 def active_adapters(attention: Any) -> Tuple[Hashable, ...]:
     """PEFT's adapters that W_V and W_O are computed with now, and those merged into them, by name."""
-    return tuple(_adapters(p) for p in (attention.v_proj, attention.o_proj) if hasattr(p, "disable_adapters"))
+    projections = [getattr(attention, name, None) for name in ("v_proj", "o_proj")]  # engines merge q, k and v
+    return tuple(_adapters(p) for p in projections if hasattr(p, "disable_adapters"))
 
 
 def _adapters(projection: Any) -> Hashable:

@@ -75,8 +75,11 @@ class Plan:
         weight, fields = norm.weight, self.fields
         site = kind(
             weight.shape[-1], lam=lam, kappa=fields.bhyt_kappa, eps=fields.bhyt_eps, learnable_lam=fields.learnable_lam,
-            device=weight.device, dtype=weight.dtype,
+            device=None if weight.is_meta else weight.device, dtype=weight.dtype,
         )
+        if weight.is_meta:  # buffers are on the default device: some loaders keep the parameters alone on meta
+            for name, parameter in list(site.named_parameters()):
+                setattr(site, name, nn.Parameter(parameter.detach().to("meta")))
         with torch.no_grad():
             site.weight.copy_(weight * (fields.bhyt_kappa / lam if warm_start else 1))
         return site.train(norm.training)
