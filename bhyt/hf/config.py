@@ -68,9 +68,6 @@ class BHyTConfigMixin(SiteFields):
             super(SiteFields, self).__init__(**kwargs)
             vars(self).update(vars(sites))
 
-    def __setattr__(self, name: str, value: Any) -> None:
-        super(SiteFields, self).__setattr__(name, value)  # the base's, which knows other names of fields
-
     def site_fields(self) -> SiteFields:
         return SiteFields(**{name: getattr(self, name) for name in SITE_FIELDS})
 
