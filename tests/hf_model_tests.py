@@ -23,6 +23,9 @@ FAMILIES = ("Llama", "Qwen3", "Mixtral", "Olmoe")
 HEADS = ("Model", "ForCausalLM", "ForSequenceClassification", "ForTokenClassification", "ForQuestionAnswering")
 EXCEPTIONS = {  # test -> why it need not hold
     "test_init_weights_can_init_buffers": "offsets follow from weights, which differ in the two models that are compared",
+    "test_model_weights_reload_no_missing_tied_weights": "loads files without weights; a BHyT model raises where layers lack them",
+    "test_can_init_all_missing_weights": "is run for models that transformers lists by the file of their class",
+    "test_moe_models_record_router_logits": "reads the source of the module that a class is in; the outputs are the base's",
 }
 PACKAGE = "transformers_tests"
 

@@ -83,12 +83,15 @@ class BHyTModelMixin(nn.Module):
         super().save_pretrained(*args, **kwargs)  # type: ignore[misc]
 
     @classmethod
-    def from_pretrained(cls, path: Any, *args: Any, output_loading_info: bool = False, **kwargs: Any) -> Any:
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: Any = None, *args: Any, output_loading_info: bool = False, **kwargs: Any
+    ) -> Any:
         """As of the base.
 
         Raises:
-            RuntimeError: files at `path` lack parameters of the layers, which would be new ones.
+            RuntimeError: the files lack parameters of the layers, which would be new ones.
         """
+        path = pretrained_model_name_or_path
         load: Any = super().from_pretrained  # type: ignore[misc]
         model, report = load(path, *args, output_loading_info=True, **kwargs)
         layers = tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, ConvertedLayer))
