@@ -122,14 +122,16 @@ class Plan:
             return tensor
 
         hooks = torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor)
+        for site in model.modules():
+            if isinstance(site, bhyt.BHyTApprox):
+                site.offset_is_set = True  # there is no value to look at
         with FakeTensorMode(allow_non_fake_inputs=True):
-            model.to_empty(device="cpu").train()
-            for site in model.modules():
-                if isinstance(site, bhyt.BHyTApprox):
-                    site.offset_is_set = True  # there is no value to look at
+            tensors = {name: torch.empty_like(tensor, device="cpu").requires_grad_(tensor.requires_grad)
+                       for name, tensor in (*model.named_parameters(), *model.named_buffers())}  # fmt: skip
             ids = torch.zeros(self.micro_batch, self.seq_len, dtype=torch.int64)
             with hooks, torch.autocast("cpu", torch.bfloat16, enabled=self.bf16):
-                model(input_ids=ids, labels=ids, use_cache=False)
-            for parameter in model.parameters():
-                saved.pop(parameter.untyped_storage()._cdata, None)
+                arguments = {"input_ids": ids, "labels": ids, "use_cache": False}
+                torch.func.functional_call(model.train(), tensors, kwargs=arguments)
+            for name, _ in model.named_parameters():
+                saved.pop(tensors[name].untyped_storage()._cdata, None)
         return [tensor.untyped_storage().nbytes() for tensor in saved.values()]
