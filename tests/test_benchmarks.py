@@ -103,8 +103,8 @@ def test_overhead(tmp_path):
     run("bench_overhead.py", "--quick", "--out", path)
     result = json.loads(path.read_text())
     assert [record["mode"] for record in result["modes"]] == ["no_grad", "grad", "forward+backward"]
-    assert all(len(record["providers"]) == 7 for record in result["modes"])
-    assert len(result["goals"]) == 9 and all(goal["measured"] > 0 for goal in result["goals"])
+    assert all(len(record["providers"]) == 11 for record in result["modes"])
+    assert len(result["goals"]) == 18 and all(goal["measured"] > 0 for goal in result["goals"])
 
 
 @pytest.mark.slow
