@@ -1,7 +1,9 @@
 """Fixtures: the device, a fixed seed, and a number of threads that is put back. See README.md."""
 
+import importlib.util
 import os
-from typing import Iterator, List
+from pathlib import Path
+from typing import Iterator, List, Optional
 
 import pytest
 
@@ -11,17 +13,46 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import torch  # noqa: E402
 
+from support.packages import missing  # noqa: E402
+from support.paths import TESTS  # noqa: E402
+
+# What the rooms beyond the layer are about: a room is skipped in one line where none of its packages is installed.
+ROOMS = {
+    "hf": ("transformers",),
+    "engines": ("transformers", "onnxruntime", "cmake"),
+    "examples": ("transformers", "matplotlib"),
+}
+
+
+class SkippedRoom(pytest.Dir):
+    def collect(self) -> List[pytest.Item]:
+        return missing(f"one of {', '.join(ROOMS[self.path.name])}")
+
+
+def pytest_collect_directory(path: Path, parent: pytest.Collector) -> Optional[pytest.Collector]:
+    packages = ROOMS.get(path.name, ()) if path.parent == TESTS else ()
+    if not packages or any(map(importlib.util.find_spec, packages)):
+        return None
+    return SkippedRoom.from_parent(parent, path=path)
+
 
 def pytest_configure(config: pytest.Config) -> None:
-    config.addinivalue_line(
-        "markers", "every_tier: also run with every CPU instruction set, by test_tiers.py"
-    )
+    config.addinivalue_line("markers", "every_tier: also run with every CPU instruction set, by test_tiers.py")
+    config.addinivalue_line("markers", "gpu: needs a CUDA device")
 
 
 def pytest_collection_modifyitems(items: List[pytest.Item]) -> None:
     """Files with slow tests first: pytest-xdist hands out files in this order, and a long last one has no company."""
     slow = {item.path for item in items if item.get_closest_marker("slow")}
     items.sort(key=lambda item: item.path not in slow)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """What needs a GPU, by its mark or its device, is skipped without one, for one reason."""
+    parameters = item.callspec.params if hasattr(item, "callspec") else {}
+    if (item.get_closest_marker("gpu") or parameters.get("device") == "cuda") and not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
 
 
 def pytest_report_header() -> str:
@@ -37,9 +68,7 @@ def seed() -> None:
 
 @pytest.fixture(params=["cpu", "cuda"])
 def device(request: pytest.FixtureRequest) -> str:
-    """Each device that has kernels; CUDA rows are skipped where there is no GPU."""
-    if request.param == "cuda" and not torch.cuda.is_available():
-        pytest.skip("no CUDA device")
+    """Each device that has kernels."""
     return request.param
 
 
