@@ -189,7 +189,16 @@ CPU_FORWARD = (
            "at::parallel_for(0, p.rows - (p.rows > 256), rows_per_task(p.d),", BINDING),
 )
 CPU_QUANTIZED = (
-    Mutant("forward-inl.h", "q.inverse_scale <= q.highest() - q.zero_point &&", "", AVX2),
+    Mutant("forward-inl.h", "weight.largest <= q.highest() - q.zero_point &&", "", AVX2),
+    Mutant("forward-inl.h", "&& weight.largest <= q.zero_point - q.lowest()", "", AVX2),
+    Mutant("table-inl.h", "L::max_of(magnitude, L::abs(weight))", "L::max_of(magnitude, weight)", AVX2),
+    Mutant("table-inl.h", "lane > largest ? lane : largest", "lanes[0]", AVX2),
+    Mutant("vec_avx2-inl.h", "_mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);  // packs",
+           "_mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);  // packs", AVX2),
+    Mutant("vec_avx2-inl.h", "_mm256_permute4x64_epi64(words, 0xd8)", "words", AVX2),
+    Mutant("vec_avx2-inl.h", "_mm256_slli_epi32(odd, 8)", "_mm256_slli_epi32(odd, 16)", AVX2),
+    Mutant("vec_avx512-inl.h", "_mm512_slli_epi32(Float::to_byte(x[k].odd, p), 8)",
+           "_mm512_slli_epi32(Float::to_byte(x[k].even, p), 8)", AVX512),
     Mutant("forward-inl.h", "V::max_of(lowest, V::min_of(highest, rounded))", "V::min_of(highest, rounded)", AVX2),
     Mutant("forward-inl.h", "any_large && k < span.count; ++k) t[k] = V::zero_if_nan(t[k]);",
            "any_large && k < span.count - 1; ++k) t[k] = V::zero_if_nan(t[k]);", AVX2),
