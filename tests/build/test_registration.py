@@ -5,7 +5,6 @@ Every test runs in fresh processes: a process registers the ops once.
 
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 from typing import Dict
 
@@ -15,6 +14,7 @@ from torch.utils import cpp_extension
 
 import bhyt
 from support.checks import same_bits
+from support.fresh import run_fresh
 from support.paths import ROOT
 
 PACKAGE = Path(bhyt.__file__).parent
@@ -34,8 +34,7 @@ def results():
 
 def run(code: str, *arguments: object) -> "subprocess.CompletedProcess[str]":
     """Runs code in a Python that has loaded torch alone; `load` loads a library, `a` are the arguments."""
-    command = [sys.executable, "-c", PROLOGUE + RESULTS + code, *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, cwd=PACKAGE.parent)
+    return run_fresh(PROLOGUE + RESULTS + code, *arguments, cwd=PACKAGE.parent)
 
 
 def refusal(done: "subprocess.CompletedProcess[str]") -> str:
