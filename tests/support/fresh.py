@@ -1,6 +1,6 @@
 """Code in processes that have imported torch and nothing of bhyt, which start in milliseconds: forks of one that has.
 
-As a script it is that one process. A line of its input has code, arguments, a folder to work in, and files for the
+As a script it is that one process. A line of its input has code, arguments, a folder to work in, an environment, and files for the
 output; a line of its output is the status that the process ended with.
 """
 
@@ -10,8 +10,11 @@ import os
 import subprocess
 import sys
 import tempfile
+import threading
 from pathlib import Path
-from typing import Optional
+from typing import Any, Dict, Optional
+
+_TURN = threading.Lock()
 
 
 @functools.cache
@@ -20,16 +23,20 @@ def _server() -> "subprocess.Popen[str]":
     return subprocess.Popen([sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
 
-def run_fresh(code: str, *arguments: object, cwd: Path) -> "subprocess.CompletedProcess[str]":
-    """As `python -c CODE ARGUMENTS..` in this folder, torch being imported already."""
+def run_fresh(
+    code: str, *arguments: object, cwd: Path, environment: Optional[Dict[str, str]] = None
+) -> "subprocess.CompletedProcess[str]":
+    """As `python -c CODE ARGUMENTS..` in this folder, torch being imported already, in any environment."""
     server, names = _server(), [str(argument) for argument in arguments]
     assert server.stdin and server.stdout
     with tempfile.TemporaryDirectory() as folder:
         files = [Path(folder) / "stdout", Path(folder) / "stderr"]
-        work = {"code": code, "arguments": names, "cwd": str(cwd), "files": list(map(str, files))}
-        server.stdin.write(json.dumps(work) + "\n")
-        server.stdin.flush()
-        status = int(server.stdout.readline())
+        work: Dict[str, Any] = {"code": code, "arguments": names, "cwd": str(cwd), "files": list(map(str, files))}
+        work["environment"] = dict(os.environ) if environment is None else environment
+        with _TURN:
+            server.stdin.write(json.dumps(work) + "\n")
+            server.stdin.flush()
+            status = int(server.stdout.readline())
         return subprocess.CompletedProcess(["-c", *names], status, *(file.read_text() for file in files))
 
 
@@ -41,6 +48,8 @@ def _serve() -> Optional[str]:
             for target, name in zip((1, 2), work["files"]):
                 os.dup2(os.open(name, os.O_WRONLY | os.O_CREAT), target)
             os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+            os.environ.clear()
+            os.environ.update(work["environment"])
             os.chdir(work["cwd"])
             sys.argv = ["-c", *work["arguments"]]
             return work["code"]
