@@ -12,7 +12,7 @@ work="$(mktemp -d)"
 trap 'rm -rf "$work"' EXIT
 environments="${TORCH_ENVIRONMENTS:-$work}"
 mkdir -p "$environments"
-files=(ops/{accuracy,autograd,opcheck,determinism,errors,dtypes} modules/{modules,offset,block,gain}
+files=(ops/{accuracy,autograd,opcheck,determinism,errors,dtypes} modules/{modules,modules_in_use,offset,block,gain}
   compile/{compile,compile_reports,deploy} build/package engines/deploy_page)
 paths=("${files[@]/#/tests/}")
 paths=("${paths[@]//\///test_}")

@@ -23,7 +23,8 @@ from mutants import AVX2, AVX512, CPU, CUDA, Mutant
 ROOT = Path(__file__).resolve().parents[2]
 
 
-NAMES = ("accuracy", "autograd", "determinism", "layouts", "dtypes", "nonfinite", "quantized", "memory", "tiers")
+NAMES = ("accuracy", "autograd", "determinism", "layouts", "dtypes", "nonfinite", "quantized", "quantized_calls", "memory",
+         "tiers")
 TESTS = [f"tests/ops/test_{name}.py" for name in NAMES]
 FUZZ_SECONDS = 20
 # Those of setup.py, but for a quick build.
