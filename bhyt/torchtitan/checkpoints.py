@@ -50,7 +50,7 @@ class _Adapter:
         for name, offset in list(hf_state_dict.items()):
             if name.endswith(".variance_offset") and offset.dtype != torch.float32:
                 layer = name.removesuffix("post_attention_layernorm.variance_offset")
-                hf_state_dict[name] = self._offset(hf_state_dict, layer).float().reshape(1)
+                hf_state_dict[name] = self._offset(hf_state_dict, layer).to(torch.float32).reshape(1)
         return hf_state_dict
 
     def _offset(self, hf_state_dict: Dict[str, Any], layer: str) -> Tensor:

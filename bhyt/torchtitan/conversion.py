@@ -7,6 +7,7 @@ from typing import Any, Iterator
 from torchtitan.models.common.attention import FusedQKVLinear, GQAttention, QKVLinear
 from torchtitan.models.common.decoder import TransformerBlock
 from torchtitan.models.common.dist_gemm import AllGatherFusedQKVLinear
+from torchtitan.models.common.linear import Linear
 from torchtitan.models.common.nn_modules import RMSNorm
 from torchtitan.trainer import Trainer
 
@@ -103,23 +104,21 @@ def _layers(config: Any) -> Iterator[Any]:
 
 
 def _check_layer(layer: Any) -> None:
+    attention = layer.attention
+    for name, linear, *_ in attention.traverse(Linear.Config):
+        if not type(linear)._owner.__module__.startswith(_LINEARS):
+            raise ValueError(
+                f"config: {name} is {_name(linear)}, which computes with more than its weight (adapters), so that an"
+                " approximate site's constant is not known"
+            )
+    if type(attention) is not GQAttention.Config or type(attention.qkv_linear) not in _PROJECTIONS:
+        parts = " with ".join(_name(part) for part in (attention, getattr(attention, "qkv_linear", None)) if part)
+        raise ValueError(f"config: {parts}, for which an approximate site's constant is not known")
     for name in ("attention_norm", "ffn_norm"):
         norm = getattr(layer, name)
         if type(norm) is not RMSNorm.Config or not norm.elementwise_affine:
             raise ValueError(f"config: {name} is {_name(norm)}; only an RMSNorm with a gain is converted")
     check_block(layer)
-    attention = layer.attention
-    if type(attention) is not GQAttention.Config:
-        raise ValueError(f"config: {_name(attention)}, for which an approximate site's constant is not known")
-    qkv = attention.qkv_linear
-    if type(qkv) not in _PROJECTIONS:
-        raise ValueError(f"config: {_name(qkv)}, of which W_V cannot be told")
-    for linear in (getattr(qkv, "wqkv", None) or qkv.wkv, attention.wo):
-        if not type(linear)._owner.__module__.startswith(_LINEARS):
-            raise ValueError(
-                f"config: {_name(linear)} computes W_V or W_O with more than its weight (adapters), for which an approximate"
-                " site's constant is not known"
-            )
 
 
 def _name(config: Any) -> str:

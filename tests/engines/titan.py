@@ -6,13 +6,15 @@ import multiprocessing
 import os
 import socket
 from pathlib import Path
-from typing import Any, Callable, Dict, Iterator, Tuple
+from typing import Any, Callable, Dict, Iterator, List, Tuple
 
 import torch
+import torch._dynamo.utils
 import torch.multiprocessing
 from torch import Tensor
 
 VOCABULARY, LENGTH, SEQUENCES = 64, 16, 4
+BACKEND = "spmd_types" if hasattr(torch.distributed, "set_timeout") else "partial_dtensor"  # torch 2.14, or older
 Arguments = Dict[str, Any]
 
 
@@ -82,7 +84,8 @@ def small(folder: Path, arguments: Arguments, **options: Any) -> Any:
 
     import bhyt.torchtitan
 
-    torchtitan_on_cpu.in_float64()
+    if arguments.get("training.dtype", "float64") == "float64":
+        torchtitan_on_cpu.in_float64()
     config = config_registry.llama3_debugmodel()
     config.model_spec = dataclasses.replace(config.model_spec, model=_small_model())
     config.loss = CrossEntropyLoss.Config(global_vocab_size=VOCABULARY)
@@ -91,8 +94,9 @@ def small(folder: Path, arguments: Arguments, **options: Any) -> Any:
     config.activation_checkpoint = None
     settings = {
         "training.seq_len": LENGTH, "training.local_batch_size": SEQUENCES, "training.steps": 1, "training.max_norm": 1e9,
-        "training.dtype": "float64", "training.mixed_precision_param": "float64",
-        "training.mixed_precision_reduce": "float64", "training.disable_cuda_graphs": True,
+        "training.dtype": "float64", "training.mixed_precision_param": arguments.get("training.dtype", "float64"),
+        "training.mixed_precision_reduce": arguments.get("training.dtype", "float64"),
+        "training.disable_cuda_graphs": True, "parallelism.spmd_backend": BACKEND,
         "optimizer.implementation": "for-loop", "validator.enable": False, "checkpoint.enable": True,
         "checkpoint.initial_load_path": str(folder / "seed/checkpoint/step-0"), "dump_folder": str(folder / "run"),
         "debug.seed": 1, "debug.enable_structured_logging": False, "tokenizer": _no_tokenizer().Config(),
@@ -160,6 +164,9 @@ def _sequence(number: int) -> Tensor:
     return torch.randint(VOCABULARY, (LENGTH + 1,), generator=torch.Generator().manual_seed(number))
 
 
+TOKENS = torch.stack([_sequence(1000 + i)[:-1] for i in range(4)])
+
+
 def _no_tokenizer() -> Any:
     from torchtitan.config import Configurable
 
@@ -199,14 +206,55 @@ def first_step(folder: Path, results: Path, arguments: Arguments) -> None:
     def look(*_: Any) -> None:
         for part in trainer.model_parts:
             for name, parameter in part.named_parameters():
-                gradient = parameter.grad
-                name = name.replace("_checkpoint_wrapped_module.", "")
-                seen[name] = (gradient.full_tensor() if hasattr(gradient, "full_tensor") else gradient).clone()
+                seen[name.replace("_checkpoint_wrapped_module.", "")] = whole(parameter.grad).clone()
 
     trainer.metrics_processor.log = log
     trainer.optimizers.register_step_pre_hook(look)
     trainer.step = 1
     trainer.train_step(trainer.batch_generator(trainer.dataloader))
-    results.mkdir(parents=True, exist_ok=True)
-    torch.save(seen, results / f"{torch.distributed.get_rank()}.pt")
+    if not trainer.parallel_dims.pp_enabled or trainer.pp_has_last_stage:
+        assert seen["loss"] > 0
+    else:
+        del seen["loss"]
+    names = [name for part in trainer.model_parts for name, _ in part.named_parameters()]
+    assert any("_checkpoint_wrapped_module" in name for name in names) == ("activation_checkpoint" in arguments)
+    assert bool(torch._dynamo.utils.counters["stats"]["unique_graphs"]) == ("compile.enable" in arguments)
+    write(seen, results)
     trainer.close()
+
+
+def train(folder: Path, results: Path, arguments: Arguments, options: Arguments) -> None:
+    """A run to its end; weights, offsets, optimizer state and the logits of four sequences, in results/RANK.pt."""
+    trainer = small(folder, arguments, **options).build()
+    trainer.train()
+    seen = {name: whole(tensor) for part in trainer.model_parts for name, tensor in part.state_dict().items()}
+    states = trainer.optimizers.state_dict()
+    seen.update((name, whole(value)) for name, value in states.items() if isinstance(value, Tensor))
+    seen["logits"] = trainer.model_parts[0](TOKENS)
+    write(seen, results)
+    trainer.close()
+
+
+def whole(tensor: Any) -> Tensor:
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
+def write(seen: Dict[str, Tensor], results: Path) -> None:
+    results.mkdir(parents=True, exist_ok=True)
+    seen = {name: whole(tensor.detach()).clone() for name, tensor in seen.items()}
+    torch.save(seen, results / f"{torch.distributed.get_rank()}.pt")
+
+
+def read(results: Path, processes: int) -> List[Dict[str, Tensor]]:
+    return [torch.load(results / f"{rank}.pt") for rank in range(processes)]
+
+
+def hf_base() -> Any:
+    """The transformers config of `_small_model`."""
+    from transformers import LlamaConfig
+
+    return LlamaConfig(
+        hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2,
+        vocab_size=VOCABULARY, max_position_embeddings=128, rms_norm_eps=1e-5, tie_word_embeddings=False,
+        rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
+    )  # fmt: skip
