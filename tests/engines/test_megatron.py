@@ -3,7 +3,7 @@
 import contextlib
 import sys
 from pathlib import Path
-from typing import Any, Dict, Tuple
+from typing import Any, Dict, Optional, Tuple
 
 import pytest
 import torch
@@ -28,7 +28,9 @@ def _rank(rank: int, processes: int, job: Any, folder: Path, arguments: Tuple[An
     sys.path.insert(0, str(EXAMPLES))
     torch.set_num_threads(1)
     torch.cuda.current_device = lambda: "cpu"  # rotary embeddings
-    tensor_parallel.random.CudaRNGStatesTracker.fork = lambda *_, **__: contextlib.nullcontext()
+    random = tensor_parallel.random
+    random.CudaRNGStatesTracker.fork = lambda *_, **__: contextlib.nullcontext()
+    random._get_cuda_rng_state, random._set_cuda_rng_state = lambda **_: None, lambda *_, **__: None
     store = folder / f"store{processes}{job.__name__}"
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=processes)
     parallel_state.initialize_model_parallel(tensor_model_parallel_size=processes)
@@ -49,12 +51,22 @@ def config(processes: int = 1, **options: Any) -> Any:
     ), **sharded, **options})  # fmt: skip
 
 
+class FinalNorm(nn.RMSNorm):
+    """Megatron-Core has none for CPUs that takes a sharded sequence."""
+
+    def __init__(self, config: Any, hidden_size: int, eps: float) -> None:
+        super().__init__(hidden_size, eps=eps)
+        self.weight.sequence_parallel = config.sequence_parallel
+
+
 def built(settings: Any) -> Any:
     from megatron.core.models.gpt import GPTModel
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+    from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
     from megatron_layer import bhyt_layer_spec
 
-    spec = bhyt_layer_spec(get_gpt_layer_local_spec(normalization="RMSNorm"), seq_len=LENGTH)
+    layer = bhyt_layer_spec(get_gpt_layer_local_spec(normalization="RMSNorm"), seq_len=LENGTH)
+    spec = TransformerBlockSubmodules(layer_specs=[layer] * settings.num_layers, layer_norm=FinalNorm)
     options = {"position_embedding_type": "rope", "share_embeddings_and_output_weights": False}
     return GPTModel(settings, spec, VOCABULARY, LENGTH, **options).double()
 
@@ -62,7 +74,6 @@ def built(settings: Any) -> Any:
 def step(folder: Path, rank: int, processes: int, options: Dict[str, Any]) -> None:
     """Loss, offsets and gradients of one step, whole, from the weights in folder; whoever runs alone writes them first."""
     from megatron.core import parallel_state
-    from megatron.core.distributed.finalize_model_grads import _allreduce_non_tensor_model_parallel_grads
     from megatron_layer import refresh
 
     torch.Tensor.float = torch.Tensor.double  # logits and softmax
@@ -75,47 +86,44 @@ def step(folder: Path, rank: int, processes: int, options: Dict[str, Any]) -> No
                 site = name.endswith("lam") or parameter.dim() == 1
                 parameter.copy_(parameter * (1 + 0.3 * torch.rand_like(parameter)) if site else 0.3 * torch.randn_like(parameter))
         torch.save(dict(model.named_parameters()), weights)
-    split = {name: dim for name, dim in map(_split, dict(model.named_parameters()))}
+    parameters = dict(model.named_parameters())
     with torch.no_grad():
         for name, value in torch.load(weights).items():
-            dict(model.named_parameters())[name].copy_(_part(name, value, split[name], rank, processes))
+            parameters[name].copy_(_part(name, value, rank, processes))
     assert refresh(model) == 3
     tokens = torch.randint(VOCABULARY, (2, LENGTH + 1), generator=torch.Generator().manual_seed(2))
     positions = torch.arange(LENGTH).expand(2, -1)
     mask = torch.ones(LENGTH, LENGTH).tril()[None, None] < 0.5
     loss = model(tokens[:, :-1], positions, mask, labels=tokens[:, 1:]).mean()
     loss.backward()
-    for parameter in model.parameters():
-        parameter.main_grad = parameter.grad
-    if processes > 1:
-        model.ddp_config = None
-        group = parallel_state.get_tensor_model_parallel_group()
-        for parameter in model.parameters():  # what Megatron's own function does, of which the buckets are GPUs'
-            if getattr(parameter, "sequence_parallel", False):
-                dist.all_reduce(parameter.grad, group=group)
-    seen = {name: _whole(name, p.grad, split[name], processes) for name, p in model.named_parameters()}
+    for parameter in model.parameters():  # as Megatron does before an optimizer's step
+        if getattr(parameter, "sequence_parallel", False):
+            dist.all_reduce(parameter.grad, group=parallel_state.get_tensor_model_parallel_group())
+    seen = {name: _whole(name, p.grad, processes) for name, p in parameters.items()}
     for i, layer in enumerate(model.decoder.layers):
         seen[f"offset {i}"] = layer.pre_mlp_layernorm.variance_offset
     torch.save({**seen, "loss": loss.detach()}, folder / f"{processes}{sorted(options)}{rank}.pt")
 
 
-def _split(name: str) -> Tuple[str, Any]:
+def _shared(name: str) -> Optional[int]:
     """The dimension in which a weight is shared out."""
     if any(part in name for part in ("linear_qkv", "linear_fc1", "word_embeddings", "output_layer")):
-        return name, 0
-    return name, 1 if "linear_proj" in name or "linear_fc2" in name else None
+        return 0
+    return 1 if "linear_proj" in name or "linear_fc2" in name else None
 
 
-def _part(name: str, value: Tensor, dim: Any, rank: int, processes: int) -> Tensor:
-    if dim is None or processes == 1:
+def _part(name: str, value: Tensor, rank: int, processes: int) -> Tensor:
+    dim = _shared(name)
+    if dim is None:
         return value
-    if "linear_fc1" in name:  # gate and up projections, each shared out
+    if "linear_fc1" in name:  # the gate's rows and the other half, each shared out
         return torch.cat([half.chunk(processes)[rank] for half in value.chunk(2)])
     return value.chunk(processes, dim)[rank]
 
 
-def _whole(name: str, value: Tensor, dim: Any, processes: int) -> Tensor:
-    if dim is None or processes == 1:
+def _whole(name: str, value: Tensor, processes: int) -> Tensor:
+    dim = _shared(name)
+    if dim is None:
         return value
     parts = [torch.empty_like(value) for _ in range(processes)]
     dist.all_gather(parts, value.contiguous())
@@ -150,6 +158,7 @@ def test_step(processes: int, options: Dict[str, Any], folder: Path) -> None:
 
 def refusals(folder: Path, rank: int, processes: int) -> None:
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+    from megatron.core.transformer.identity_op import IdentityOp
     from megatron_layer import bhyt_layer_spec
 
     for options, message in (
@@ -161,13 +170,10 @@ def refusals(folder: Path, rank: int, processes: int) -> None:
     ):
         with pytest.raises(ValueError, match=message):
             built(config(**options))
-    latent = get_gpt_layer_local_spec(normalization="RMSNorm")
-    latent.submodules.pre_mlp_layernorm = type(latent).__mro__[-1]
-    from megatron.core.transformer.identity_op import IdentityOp
-
-    latent.submodules.pre_mlp_layernorm = IdentityOp
+    fused = get_gpt_layer_local_spec(normalization="RMSNorm")
+    fused.submodules.pre_mlp_layernorm = IdentityOp
     with pytest.raises(ValueError, match="spec: expected a TransformerLayer with two norms"):
-        bhyt_layer_spec(latent, seq_len=LENGTH)
+        bhyt_layer_spec(fused, seq_len=LENGTH)
 
 
 def test_refusals(tmp_path: Path) -> None:
