@@ -239,7 +239,7 @@ def test_more_steps(tmp_path, tiny, capsys):
     assert "at step 12 of 12: cannot go on to 9" in refusal(*tiny, "--out", tmp_path, "--resume", "--steps", "9")
 
 
-@pytest.mark.parametrize("norm", ["bhyt", "bhyt-exact", "rmsnorm", "layernorm"])
+@pytest.mark.parametrize("norm", ["bhyt-unit-gains", "bhyt", "bhyt-exact", "rmsnorm", "layernorm"])
 def test_exported_models_have_the_same_logits(tmp_path, tiny, text, norm, monkeypatch):
     """To rounding of fp32, with offsets that are three steps old; and the tokenizer gives the example's tokens."""
     transformers = needs("transformers")
