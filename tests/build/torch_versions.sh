@@ -16,6 +16,7 @@ files=(ops/{accuracy,autograd,opcheck,determinism,errors,dtypes} modules/{module
   compile/{compile,compile_reports,deploy} build/package engines/deploy_page)
 paths=("${files[@]/\///test_}")
 paths=("${paths[@]/#/tests/}")
+paths=("${paths[@]/%/.py}")
 failed=0
 
 for version in "$@"; do
