@@ -1,7 +1,7 @@
 """What transformers and PEFT look up by a model's type or class name: a BHyT family has what its base has.
 
 The rule: every table (dictionary, list or set) of the modules below that has an entry for the base's model type gets the
-same entry for BHyT's; names and classes of models become BHyT's. tests/test_hf_tables.py walks the installed versions.
+same entry for BHyT's; names and classes of models become BHyT's. tests/hf/test_hf_tables.py walks the installed versions.
 """
 
 import sys
