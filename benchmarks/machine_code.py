@@ -104,13 +104,15 @@ def installed(archs: list[str]) -> list[Path]:
 def table(found: list[Measure]) -> str:
     arch = found[0].arch
     gpus = [gpu for gpu in GPUS if gpu.arch == arch]
-    columns = ["instr/el", "|z|>0.9", *PIPES, "other", "regs", "spills", "blocks", "warps", "KiB ahead", "asked at", "turn at the end"]
+    columns = ["instr/el", "|z|>0.9", *PIPES, "other", "regs", "spills", "blocks", "warps", "KiB ahead", "asked at",
+               "turn at the end"]
     lines = [f"| sm_{arch}, d = 4096 | " + " | ".join(columns + [f"issue {gpu.name}" for gpu in gpus]) + " |"]
     lines.append("|---" * (1 + len(columns) + len(gpus)) + "|")
     for m in found:
         counts = [m.per_element, m.per_element_large, *m.pipes.values()]
         cells = [*(f"{n:.1f}" for n in counts), *map(str, (m.registers, m.spilled, m.blocks, m.warps)),
-                 f"{m.kib_in_flight:.0f}", f"{m.row_asked}-{m.all_asked}", str(m.epilogue_turn), *(f"{100 * m.issue(gpu):.0f} %" for gpu in gpus)]  # fmt: skip
+                 f"{m.kib_in_flight:.0f}", f"{m.row_asked}-{m.all_asked}", str(m.epilogue_turn),
+                 *(f"{100 * m.issue(gpu):.0f} %" for gpu in gpus)]  # fmt: skip
         lines.append(f"| {m.kernel.title} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 

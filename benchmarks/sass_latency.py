@@ -1,5 +1,5 @@
-"""What a thread waits for, by a model of latencies: a warp alone issues in order, one instruction a cycle, each when what
-it reads is there. Enough to tell code that waits for memory once from code that waits for it again and again."""
+"""What a thread waits for, by a model of latencies: a warp alone issues in order, one instruction a cycle, each when
+what it reads is there. Enough to tell code that waits for memory once from code that waits for it again and again."""
 
 import re
 from typing import Iterable, Iterator
@@ -66,7 +66,7 @@ def loops(code: Code) -> Iterator[list[Instruction]]:
 
 
 def loads_in_a_row(code: Code) -> int:
-    """The fewest loads that are issued before anything waits for one, of the loops that load: the longest run of each."""
+    """Loads that are issued before anything waits for one: the longest run of each loop, of the worst one."""
     runs = []
     for body in loops(code):
         run, longest = 0, 0
@@ -84,8 +84,8 @@ def loads_in_a_row(code: Code) -> int:
 
 
 def epilogue_turn(code: Code) -> int:
-    """Cycles of a turn of the loop in which a block's groups add their sums in shared memory, 0 where there is none. Both
-    sides of its branches are counted."""
+    """Cycles of a turn of the loop in which a block's groups add their sums in shared memory, 0 where there is none.
+    Both sides of its branches are counted."""
     turns = []
     for body in loops(code):
         names = [instruction.name.split(".")[0] for instruction in body]

@@ -111,7 +111,7 @@ CUDA = (
     Mutant("forward_kernels.cuh", "  hw::wait_for_previous_grid();\n  typename", "  typename", FORWARD),
     Mutant("forward_kernels.cuh", "  hw::wait_for_previous_grid();\n  const", "  const", FORWARD),
     Mutant("backward_persistent.cuh", "+ (at.lane < course.more_lanes)", "+ (at.lane <= course.more_lanes)", BACKWARD),
-    Mutant("backward_persistent.cuh", "(left < most ? left : most)", "most", BACKWARD),
+    Mutant("backward_persistent.cuh", "left < most ? left : most;", "most;", BACKWARD),
     Mutant("backward_persistent.cuh", "if (at.lane == 0 && stored > 0) hw::", "if (at.lane == 0) hw::", BACKWARD),
     Mutant("backward.cu", "ladder.threads < 32 ? 32 / ladder.threads : 1", "1", BACKWARD),
     Mutant("ladder.h", "return ceil_div(rows, groups * turns);", "return std::min(ceil_div(rows, groups), most);",

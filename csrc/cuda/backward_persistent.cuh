@@ -210,8 +210,9 @@ backward_rows_persistent(const BackwardParams p, const Constants<float> constant
     // Loaded here where there are registers for it. 32-bit rows have too few: they bring it into L2.
     constexpr bool early = sizeof(Stream) == 2;
     if (summed && !early && hw::has_bulk_prefetch()) {
-      const int left = static_cast<int>(ladder.row_packs) - at.part * N * ladder.threads, most = N * ladder.threads;
-      if (at.lane == 0 && stored > 0) hw::prefetch_bulk(cursor.grad_sum, (left < most ? left : most) * sizeof(StreamPack));
+      const int most = N * ladder.threads, left = static_cast<int>(ladder.row_packs) - at.part * most;
+      const int part_packs = left < most ? left : most;
+      if (at.lane == 0 && stored > 0) hw::prefetch_bulk(cursor.grad_sum, part_packs * sizeof(StreamPack));
     } else if constexpr (summed) {
 #pragma unroll
       for (int k = 0; k < N; ++k)

@@ -43,8 +43,8 @@ struct Inbox {
 
   // Waits until phase 0, 1, 2, .. has ended; `parity` is its lowest bit. try_wait acquires at block scope, and by the
   // letter it should be at cluster scope, as st.async releases there. That would add one instruction, CCTL.IVALL, in
-  // every turn of a row loop: it empties the L1 cache of what other blocks may have written to global memory. Nothing of
-  // it is read here. What is read behind this wait is what st.async wrote: it lies in this block's own shared memory,
+  // every turn of a row loop: it empties the L1 cache of what other blocks may have written to global memory. None of
+  // that is read here. What is read behind this wait is what st.async wrote: it lies in this block's own shared memory,
   // which no cache stands before, and the bytes that end a phase are counted once they have been stored.
   BHYT_DEVICE void wait(uint32_t parity) const {
 #if __CUDA_ARCH__ >= 900

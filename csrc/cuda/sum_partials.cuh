@@ -6,10 +6,10 @@
 namespace bhyt::cuda {
 namespace {
 
-// The order of the sums is fixed by their number: each of kSlices threads adds every kSlices-th partial sum of a column,
-// then one thread adds the results. The last block sums grad_lam, every other one a stripe of grad_weight's columns. A
-// thread asks for kAhead partial sums at once: with kSlices threads those of 144 blocks, more than most GPUs run. A
-// block beside the persistent kernel is small, 128 threads of 32 registers, so that it can wait on its multiprocessor.
+// The order of the sums is fixed by their number: each of kSlices threads adds every kSlices-th partial sum of a
+// column, then one thread adds the results. The last block sums grad_lam, every other one a stripe of grad_weight's
+// columns. A thread asks for kAhead partial sums at once: with kSlices threads those of 144 blocks, more than most GPUs
+// run. A block is small, 128 threads of 32 registers in fp32: it can wait beside one of the persistent kernel.
 constexpr int kStripe = 8, kSlices = 16, kAhead = 9, kSumThreads = kStripe * kSlices;
 
 // v if number j comes before `count`, else 0. By its bits: a select would have ptxas wait for some loads before others.
@@ -41,7 +41,8 @@ BHYT_DEVICE A sum_apart(const A* numbers, int first, int64_t step, int64_t count
 }
 
 template <class A>
-BHYT_KERNEL_SHARING(kSumThreads, (hw::kArch < 90 || sizeof(A) == 8 ? 8 : 16)) sum_partials(const BackwardParams p, const Partials<A> in) {
+BHYT_KERNEL_SHARING(kSumThreads, (hw::kArch < 90 || sizeof(A) == 8 ? 8 : 16))
+sum_partials(const BackwardParams p, const Partials<A> in) {
   A* const sums = reinterpret_cast<A*>(hw::shared());  // [kSumThreads]
   const int lane = hw::thread_x(), slice = hw::thread_y(), thread = slice * kStripe + lane;
   const bool for_lam = hw::block_x() == hw::blocks_x() - 1;
