@@ -1,5 +1,5 @@
 """The GPU's benchmarks without one. bench_cuda.py: who is timed, in which order and for how long, its calls on the CPU
-and without its timer. run_gpu.sh: which stage runs when, with commands that do nothing."""
+and without its timer."""
 
 import json
 import math
@@ -43,13 +43,13 @@ def clock() -> list[float]:
 
 
 def test_problems_are_in_order_of_worth(bench: Any) -> None:
-    """Each once; the goals first, at 2^25 elements and then 2^28; integers only where there are kernels."""
+    """Each once; the goals first, at 2^25 elements, decoding, then 2^28; integers only where there are kernels."""
     plain = list(bench.problems(lambda op: False))
     assert len(set(plain)) == len(plain)
     assert [part for i, part in enumerate(p.part for p in plain) if i == 0 or plain[i - 1].part != part] == [
-        "goals", "decode", "peers", "compiled", "more"
+        "goals", "decode", "large", "peers", "compiled", "more"
     ]  # fmt: skip
-    goals = [p for p in plain if p.part == "goals"]
+    goals = [p for p in plain if p.part in ("goals", "large")]
     assert {p.op for p in goals[:8]} == set(bench.OPS) and {p.d for p in goals[:8]} == {4096}
     sizes = [p.rows * p.d for p in goals]
     assert set(sizes) == {2**25, 2**28} and sizes == sorted(sizes)
@@ -168,11 +168,11 @@ def test_a_run_goes_on_where_another_ended(
 
     path = tmp_path / "cuda.json"
     here = {"device": "H100", "torch": "2.13.0", "commit": "a1"}
-    assert bench.earlier(str(path), here) is None
+    assert bench.common_cuda.earlier(str(path), here) is None
     path.write_text(json.dumps({"environment": here, **payload}))
-    assert bench.earlier(str(path), here)["results"] == payload["results"]
+    assert bench.common_cuda.earlier(str(path), here)["results"] == payload["results"]
     with pytest.raises(SystemExit, match="is of commit a1, this is b2"):
-        bench.earlier(str(path), {**here, "commit": "b2"})
+        bench.common_cuda.earlier(str(path), {**here, "commit": "b2"})
 
 
 def test_goals_are_judged_by_size(bench: Any) -> None:
@@ -196,7 +196,7 @@ def test_goals_are_judged_by_size(bench: Any) -> None:
     assert at_25["measured"] == 0.9 and at_25["where"] == "4096x8192" and at_25["met"] is False
     assert at_28["measured"] == 1.0 and at_28["met"] is True
     assert items["exact forward, 2k-64k, 2^25, against rms"]["measured"] == 0.9
-    assert items["decode, at most 1.15x an empty kernel, decode, against empty"]["measured"] == 0.5
+    assert items["decode, at most 1.5x an empty kernel, decode, against empty"]["measured"] == 0.5
     assert items["quantised, decode, against unquantized"]["measured"] == 1.5
     assert items["quantised, 2^25, against unquantized"]["measured"] is None
     assert items["exact backward, 1k-8k, 2^25, against copy"]["met"] is None
