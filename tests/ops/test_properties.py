@@ -98,7 +98,7 @@ def upstreams(draw: st.DrawFn, call: Call) -> Outputs:
 
 def magnitudes(call: Call, upstream: Outputs) -> Dict[str, Tensor]:
     """The sums that make up each gradient, with every term positive: what an error is relative to where terms
-    cancel, as they do in short rows. In SPEC.md's names, and like its derivatives float64.
+    cancel, as they do in short rows. In docs/mathematics.md's names, and like its derivatives float64.
 
     sech^2 turns a relative error of its argument z into 2|z| of its own: beyond |z| = 4 its terms count |z| / 4 times.
     """
@@ -121,7 +121,7 @@ def magnitudes(call: Call, upstream: Outputs) -> Dict[str, Tensor]:
 
 
 def assert_gradient(name: str, grad: Tensor, true: Tensor, magnitude: Tensor, accumulate: torch.dtype) -> None:
-    """SPEC.md's relative L2 error, per row where there are rows, relative to the magnitude of the terms; a
+    """numbers.md's relative L2 error, per row where there are rows, relative to the magnitude of the terms; a
     narrower dtype than that of the arithmetic adds 1.1x its own rounding. Below the smallest normal number of
     the arithmetic nothing is promised.
     """
@@ -154,7 +154,7 @@ def buffers(call: Call, upstream: Outputs) -> Sequence[Tensor]:
 )
 @given(data=st.data())
 def test_random_calls(device: str, data: st.DataObject) -> None:
-    """Any call within SPEC.md's numbers against float64: every output, and the gradients of any subset of inputs
+    """Any call within numbers.md's numbers against float64: every output, and the gradients of any subset of inputs
     given those of any subset of outputs; without a graph the same bits; no input written. USERS rows 6, 7, 10,
     11, 16 and 17."""
     call = data.draw(calls(device))
@@ -187,7 +187,7 @@ def test_random_calls(device: str, data: st.DataObject) -> None:
 # Malformed calls, numbered: `python test_properties.py 17 18` makes number 17 alone.
 
 OPS = (*FORMS, "backward", "backward_approx")
-# What SPEC.md section 2 forbids of any tensor, and of the numbers: the error is ours and names the argument.
+# What docs/ops.md forbids of any tensor, and of the numbers: the error is ours and names the argument.
 FORBIDDEN: Dict[str, Callable[[Tensor], Any]] = {
     **{
         str(dtype): lambda t, dtype=dtype: t.to(dtype)
@@ -374,7 +374,7 @@ def try_malformed(number: int) -> bool:
 
 def test_malformed_calls() -> None:
     """Thousands of calls of all six ops with one or two arguments wrong or unusual: each raises, naming the
-    argument where SPEC.md forbids what it was given, or is right; no input changes, and no call ends the process.
+    argument where docs/ops.md forbids what it was given, or is right; no input changes, and no call ends the process.
     USERS rows 6 and 17."""
     count = 10 * EXAMPLES
     start = random.SystemRandom().randrange(10**9) if LONG else 0
