@@ -68,7 +68,8 @@ Outputs Composite::forward_into(const Site& s) {
   Site plain = s;
   plain.into.reset();
   const Outputs made = call_op(plain);
-  for (const auto& [to, from] : {std::pair(s.into->y, made.y), {s.into->sum, made.sum}, {s.into->variance, made.variance}})
+  for (const auto& [to, from] :
+       {std::pair(s.into->y, made.y), {s.into->sum, made.sum}, {s.into->variance, made.variance}})
     if (from.defined()) to.copy_(from);
   return *s.into;
 }
