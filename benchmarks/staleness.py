@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any, Mapping, Optional
 
 REPOSITORY = Path(__file__).resolve().parent.parent
-NOTE = " **Older than the code:** sources that this table measures have changed since that commit."
+NOTE = "\n**Older than the code:** sources that this table measures have changed since that commit."
 
 # A clone with all commits; an sdist or a shallow clone cannot tell.
 HISTORY = (REPOSITORY / ".git").exists() and not (REPOSITORY / ".git" / "shallow").exists()

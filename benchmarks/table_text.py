@@ -27,4 +27,5 @@ def caption(result: Result) -> str:
     cache = f"{env['last_level_cache'] / 2**20:.0f} MiB last-level cache"
     machine = f"{gpu + ', ' if gpu else ''}{env['cpu']}, {env['threads']} threads, {env['tier']}, {cache}"
     commit = f"commit {env['commit']}{state}, " if env["commit"] else ""
-    return f"{machine}; torch {env['torch']}, Python {env['python']}; {commit}{env['date'][:10]}.{staleness.note(result)}"
+    software = f"torch {env['torch']}, Python {env['python']}; {commit}{env['date'][:10]}."
+    return f"{machine};\n{software}{staleness.note(result)}"

@@ -18,6 +18,7 @@ OUTSIDE = (
     "CHANGELOG.md", "CONTRIBUTING.md", "benchmarks/README.md", "benchmarks/gpu.md", "research/README.md",
     "research/study.md", "tests/README.md", "tests/ROBUSTNESS.md",
 )  # fmt: skip
+README = "readme/README.md"  # in the site, though in no menu: so that its links are checked
 PICTURES = "research/figures/*.png"
 LINK = re.compile(r"(!?)\[((?:[^\[\]]|\[[^\]]*\])*)\]\((?!https?:|#|mailto:)([^)\s#]+)(#[^)\s]*)?\)")
 
@@ -29,13 +30,16 @@ def on_files(files: Any, config: Any) -> Any:
         if path.exists():  # an sdist has no research
             name = path.relative_to(ROOT).as_posix()
             files.append(File.generated(config, name, abs_src_path=str(path)))
+    files.append(File.generated(config, README, abs_src_path=str(ROOT / "README.md")))
     return files
 
 
 def on_page_markdown(markdown: str, page: Any, config: Any, files: Any) -> str:
     """Turn links by place in the repository into links within the site."""
     source = page.file.src_uri
-    here = source if source in OUTSIDE else f"docs/{source}"
+    here = source if source in OUTSIDE else "README.md" if source == README else f"docs/{source}"
+    if source == README:
+        page.meta["search"] = {"exclude": True}
 
     def relinked(match: Any) -> str:
         mark, text, target, anchor = match[1], match[2], match[3], match[4] or ""

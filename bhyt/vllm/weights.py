@@ -30,7 +30,8 @@ def check_config(config: Any, lora: bool) -> None:
     if lora and not exact:
         raise ValueError(
             "enable_lora: an adapter on v_proj or o_proj has variance offsets of its own, and would be run with its"
-            " base's; merge it (PEFT's merge_and_unload), save the model and serve that, or train with norm_type='bhytstar'"
+            " base's; merge it (PEFT's merge_and_unload), save the model and serve that, or train with"
+            " norm_type='bhytstar'"
         )
 
 
