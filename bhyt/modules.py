@@ -87,6 +87,7 @@ class _Site(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def extra_repr(self) -> str:
+        """Size, initial lam, kappa, eps and the options."""
         return (
             f"{self.hidden_size}, lam={self.initial_lam}, kappa={self.kappa}, eps={self.eps}, "
             f"learnable_lam={self.learnable_lam}, elementwise_affine={self.elementwise_affine}"

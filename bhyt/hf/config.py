@@ -83,10 +83,16 @@ class BHyTConfigMixin(SiteFields):
             vars(self).update(vars(sites))
 
     def site_fields(self) -> SiteFields:
+        """The fields of the sites, by themselves."""
         return SiteFields(**{name: getattr(self, name) for name in SITE_FIELDS})
 
     @classmethod
     def from_dict(cls, config_dict: Dict[str, Any], **kwargs: Any) -> Any:
+        """As the base's.
+
+        Raises:
+            ValueError: the dictionary is the config of another model type.
+        """
         if config_dict.get("model_type", cls.model_type) != cls.model_type:
             raise ValueError(
                 f"config: expected model_type {cls.model_type}, got {config_dict['model_type']}; load that model"
@@ -95,6 +101,7 @@ class BHyTConfigMixin(SiteFields):
         return super().from_dict(config_dict, **kwargs)  # type: ignore[misc]
 
     def to_dict(self) -> Dict[str, Any]:
+        """As the base's."""
         tables.extend_imported()  # PEFT asks for this before it looks the model type up
         result: Dict[str, Any] = super().to_dict()  # type: ignore[misc]
         return result

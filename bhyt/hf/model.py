@@ -75,6 +75,7 @@ class BHyTModelMixin(nn.Module):
             super()._init_weights(module)  # type: ignore[misc]
 
     def init_weights(self) -> None:
+        """As the base's, offsets included."""
         super().init_weights()  # type: ignore[misc]
         settle(self)
 

@@ -115,5 +115,6 @@ class QuantizedLinear(nn.Module):
         return self
 
     def extra_repr(self) -> str:
+        """Sizes, dtype and what the linear reads."""
         reads = "floating rows" if self.input_scale is None else f"integers of scale {self.input_scale:.4g}"
         return f"{self.in_features}, {self.out_features}, {self.weight.dtype}, reads {reads}"

@@ -39,9 +39,15 @@ class LoadedOffset(LayerOffset):
     """An offset that stays as it was loaded."""
 
     def settle(self, layer: Any) -> Optional[Tensor]:
+        """Do nothing: there is nothing to look at."""
         return None
 
     def refresh(self, layer: Any) -> None:
+        """Refuse.
+
+        Raises:
+            RuntimeError: always.
+        """
         raise RuntimeError(
             "model: it is served, and its offsets are those that it was loaded with; load all weights anew"
         )
@@ -66,6 +72,7 @@ class Loading:
         }
 
     def watch(self, weights: Weights) -> Iterator[Tuple[str, Tensor]]:
+        """Pass the weights on, each (name, tensor) as it is, and keep what the offsets need of them."""
         for name, tensor in weights:
             found = re.search(r"\blayers\.(\d+)\.(.+)$", name)
             if found and int(found[1]) in self._layers:

@@ -1,5 +1,6 @@
 """The pages: tests that they name, tables, lines, the site. Their blocks are run in the rooms of their subjects."""
 
+import ast
 import doctest
 import importlib
 import re
@@ -49,6 +50,21 @@ def test_examples() -> None:
         assert not failed, name
         tried += attempted
     assert tried > 25
+
+
+def test_docstrings() -> None:
+    """Every public module, class, function and method of the package has a docstring that is one literal, which tools
+    that do not run the code read too."""
+    for path in sorted((ROOT / "bhyt").rglob("*.py")):
+        if path.name.startswith("_") and path.name not in ("__init__.py", "__main__.py"):
+            continue
+        nodes = [ast.parse(path.read_text())]
+        while nodes:
+            node = nodes.pop()
+            assert ast.get_docstring(node), f"{path.relative_to(ROOT)}: {getattr(node, 'name', 'the module')}"
+            kinds = (ast.ClassDef, ast.FunctionDef)
+            members = [] if isinstance(node, ast.FunctionDef) else [n for n in node.body if isinstance(n, kinds)]
+            nodes += [member for member in members if not member.name.startswith("_")]
 
 
 def test_lines() -> None:
