@@ -9,8 +9,8 @@ Modes
                        the same for every provider, nothing is accumulated into .grad
 
 Providers: bhyt.functional.forward, torch.ops.bhyt.forward and the modules bhyt.BHyT and bhyt.BHyTApprox; F.layer_norm
-and F.rms_norm; nn.LayerNorm and nn.RMSNorm. "+ add" is the site or norm of x + x. All in turn, round after round; a sample is a batch of calls, the
-result the median.
+and F.rms_norm; nn.LayerNorm and nn.RMSNorm. "+ add" is the site or norm of x + x. All take turns, round after round. A
+sample is a batch of calls; the result is the median.
 """
 
 import argparse

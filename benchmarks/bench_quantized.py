@@ -3,8 +3,8 @@
     python benchmarks/bench_quantized.py            into results/<device>/quantized.json
 
 Ops       bhyt's forward and its quantised twins on the same rows; RMSNorm followed by a scale per row, in eager ops
-Models    one Llama-like model with the same matrices: as it is, as torchao's int8 settings make it, converted to BHyT, and
-          that quantised (`bhyt.quantization.quantize`). The head is quantised wherever the linears are.
+Models    one Llama-like model with the same matrices: as it is; as torchao's int8 settings make it; converted to BHyT;
+          converted and quantised (`bhyt.quantization.quantize`). The head is quantised wherever the linears are.
 Tasks     prefill   256 tokens, no cache
           decode    greedy steps one token at a time, batch 1, behind a prompt in a static cache
 Wall time, host included. A compiled forward is one graph for the whole model.
@@ -58,7 +58,8 @@ def op_calls(op: str, rows: int, d: int, dtype: torch.dtype, sets: int) -> dict[
         FLOAT8: lambda i: quantised(*given[i], *variance, None, lam, 1 / 448, 0, torch.float8_e4m3fn),
     }
     if op == "forward":
-        calls["F.rms_norm, scale per row"] = lambda i: quantise_rows(torch.nn.functional.rms_norm(*given[i], (d,), weight))
+        norm = torch.nn.functional.rms_norm
+        calls["F.rms_norm, scale per row"] = lambda i: quantise_rows(norm(*given[i], (d,), weight))
     return calls
 
 
@@ -84,8 +85,8 @@ def build(name: str, bases: dict[str, nn.Module]) -> nn.Module:
     return model
 
 
-NAMES = (BASELINE, "RMSNorm bf16", f"{TORCHAO} int8 dynamic", f"{TORCHAO} int8 weights", f"{TORCHAO} int8 dynamic, bf16",
-         "BHyT fp32", "BHyT bf16", OURS, f"{OURS}, bf16")  # fmt: skip
+NAMES = (BASELINE, "RMSNorm bf16", f"{TORCHAO} int8 dynamic", f"{TORCHAO} int8 weights",
+         f"{TORCHAO} int8 dynamic, bf16", "BHyT fp32", "BHyT bf16", OURS, f"{OURS}, bf16")  # fmt: skip
 
 
 class Prefill:
@@ -104,7 +105,9 @@ class Prefill:
         return self.run(self.tokens)
 
 
-def measure_models(task: str, mode: str, bases: dict[str, nn.Module], names: list[str], seconds: float) -> dict[str, Any]:
+def measure_models(
+    task: str, mode: str, bases: dict[str, nn.Module], names: list[str], seconds: float
+) -> dict[str, Any]:
     """Every model's time for a task, and those that could not run it."""
     torch._dynamo.reset()
     calls: dict[str, common.Call] = {}

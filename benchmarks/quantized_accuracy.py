@@ -1,26 +1,26 @@
-"""What eight bits cost in held-out loss: models of examples/pretrain.py, as trained and with an outlier channel planted.
+"""The held-out loss that eight bits cost: models of examples/pretrain.py, as trained and with a planted outlier.
 
     python examples/pretrain.py --norm bhyt rmsnorm --out build/pretrain
-    python benchmarks/quantized_accuracy.py --checkpoints build/pretrain      into results/<device>/quantized-accuracy.json
+    python benchmarks/quantized_accuracy.py --checkpoints build/pretrain   into results/<device>/quantized-accuracy.json
 
     shape="--layers 24 --dim 128 --batch 2 --steps 800 --warmup 80 --seed 1 --text c4.jsonl --out build/pretrain-24"
-    python examples/pretrain.py --norm bhyt --lr 1e-2 $shape                  the study's models, each norm at its best rate
+    python examples/pretrain.py --norm bhyt --lr 1e-2 $shape               the study's models, each at its best rate
     python examples/pretrain.py --norm rmsnorm --lr 1e-3 $shape
     python benchmarks/quantized_accuracy.py --checkpoints build/pretrain-24 --text c4.jsonl --name quantized-accuracy-24
 
-    python benchmarks/figures.py quantized-accuracy-24                        docs/figures/quantization-outliers.png
+    python benchmarks/figures.py quantized-accuracy-24                     docs/figures/quantization-outliers.png
 
-Models    the BHyT and the RMSNorm one, same text, same matrices at the start
-Eight bits    weights int8 per output channel everywhere; o_proj, down_proj and lm_head quantise their input per row. Ways for
-          what reads a norm:
+Models    one with BHyT and one with RMSNorm: the same text, the same matrices at the start
+Eight bits    weights int8 per output channel everywhere; o_proj, down_proj and lm_head quantise their input per row.
+          Scales for the inputs of the linears that read a norm:
     bound         1/127, `bhyt.quantization.quantize`; BHyT only
     finer m       tanh(m lam/kappa)/127: a value beyond m standard deviations saturates; BHyT only
     calibrated    per tensor, the largest magnitude over 8 training sequences
     per token     the largest of each row, as it runs
     RMSNorm's gains are folded as BHyT's are.
-Outliers  one channel of the residual stream, that of least energy, times 100 or 1000 wherever something writes to it; then
-          the model is trained for `--steps` more, without which its own loss is that of no model. Or in the embedding of
-          every 16th held-out token alone, which the calibration has not seen; without training
+Outliers  one channel of the residual stream, that of least energy, times 100 or 1000 wherever something writes to it.
+          Then the model trains for `--steps` more; without them its own loss is that of no model. Or the channel is
+          scaled in the embedding of every 16th held-out token alone, unseen by the calibration and without training
 Norms and cases run in `--processes`, one thread each. What the result has already is not measured again: start the same
 command once more after an interruption.
 """
@@ -248,7 +248,8 @@ def main() -> None:
     config = models["bhyt"][0].config
     payload: dict[str, Any] = {
         "benchmark": "quantized-accuracy", "environment": common.environment(), "model": dataclasses.asdict(config),
-        "text": load_corpus(args.text, config.seq_len).name, "tokens": args.windows * config.seq_len, "steps": args.steps,
+        "text": load_corpus(args.text, config.seq_len).name,
+        "tokens": args.windows * config.seq_len, "steps": args.steps,
         "trained": {norm: trained for norm, (_, trained) in models.items()},
     }  # fmt: skip
     path = common.result_path(args.name, out=args.out)

@@ -2,9 +2,9 @@
 
     python benchmarks/quantized_profile.py          into results/<device>/quantized-profile.json
 
-The models of bench_quantized.py, one thread. Decoding: what is taken away in turn returns tensors made before: the
-products, the scales per row, whole linears. Prefill: without products, which are the same for all. All is CPU time of the
-process, which other work on the machine hardly changes.
+The models of bench_quantized.py, one thread. Decoding: parts are replaced in turn by tensors made before, first the
+products, then the scales per row, then whole linears. Prefill: without products, which are the same for all. All times
+are CPU times of the process, which other work on the machine hardly changes.
 """
 
 import argparse

@@ -1,12 +1,14 @@
-"""The tables of README.md, docs/performance.md and docs/quantization.md, made from the JSON in benchmarks/results, never by hand.
+"""The tables of README.md, docs/performance.md and docs/quantization-results.md.
+
+They are made from the JSON in benchmarks/results, never by hand.
 
     python benchmarks/readme_table.py             rewrites them
     python benchmarks/readme_table.py --check     changes nothing; exit status 1 if one is out of date
 
 A table stands between `<!-- table:NAME -->` and `<!-- /table:NAME -->`. NAME is the stem of a result file,
 and the newest one of that name is taken whatever the device; NAME@DEVICE names the folder too. NAME-goals
-gives the goals of that result, NAME-digest some lines of it. A file's "benchmark" field says how it is drawn: add a function to RENDERERS
-for a new kind.
+gives the goals of that result, NAME-digest some lines of it. A file's "benchmark" field says how it is drawn: add a
+function to RENDERERS for a new kind. A table whose code has changed since it was measured says so (staleness.py).
 """
 
 import argparse
@@ -14,12 +16,17 @@ import json
 import re
 import sys
 from pathlib import Path
-from typing import Any, Callable, Mapping, Optional, Sequence
+from typing import Callable, Optional, Sequence
+
+import staleness
+from quantized_tables import quantized, quantized_accuracy, quantized_profile
+from table_text import Result, caption, markdown, number
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 RESULTS = REPOSITORY / "benchmarks" / "results"
 PAGES = (
-    REPOSITORY / "README.md", REPOSITORY / "docs" / "performance.md", REPOSITORY / "docs" / "quantization.md",
+    REPOSITORY / "README.md", REPOSITORY / "docs" / "performance.md",
+    REPOSITORY / "docs" / "quantization-results.md",
 )  # fmt: skip
 MARKED = re.compile(r"(<!-- table:(?P<name>[\w@.-]+) -->\n).*?(<!-- /table:(?P=name) -->)", re.DOTALL)
 
@@ -39,31 +46,6 @@ CPU_PEERS = {
     "inductor": "the formula, Inductor",
     "inductor_rms_norm": "RMSNorm, Inductor",
 }
-
-Result = Mapping[str, Any]
-
-
-def number(value: float) -> str:
-    """About three figures: 1.23, 12.3, 123."""
-    return f"{value:.{2 if value < 10 else 1 if value < 100 else 0}f}"
-
-
-def markdown(header: Sequence[str], rows: Sequence[Sequence[str]], left: int = 1) -> list[str]:
-    """A Markdown table; the first `left` columns are aligned left, the others right."""
-    assert all(len(row) == len(header) for row in rows), f"rows that do not fit the header {header}"
-    rules = ["---" if column < left else "---:" for column in range(len(header))]
-    return ["| " + " | ".join(cells) + " |" for cells in (header, rules, *rows)]
-
-
-def caption(result: Result) -> str:
-    """Where, with what and when."""
-    env = result["environment"]
-    gpu = env.get("gpu") or env.get("device")
-    state = " with local changes" if env["dirty"] else ""
-    cache = f"{env['last_level_cache'] / 2**20:.0f} MiB last-level cache"
-    machine = f"{gpu + ', ' if gpu else ''}{env['cpu']}, {env['threads']} threads, {env['tier']}, {cache}"
-    commit = f"commit {env['commit']}{state}, " if env["commit"] else ""
-    return f"{machine}; torch {env['torch']}, Python {env['python']}; {commit}{env['date'][:10]}."
 
 
 def cpu(result: Result) -> list[str]:
@@ -102,13 +84,15 @@ def cpu(result: Result) -> list[str]:
 
 def digest(result: Result) -> list[str]:
     """The lines of a CPU result that say most: times faster than the peers."""
+    cases = ("forward", "forward+backward")
+    chosen = [p for p in result["problems"] if (p["rows"], p["d"]) in CPU_SHAPES and p["case"] in cases]
+    peers = {peer: title for peer, title in CPU_PEERS.items() if any(peer in p["providers"] for p in chosen)}
     cells = []
-    for p in result["problems"]:
-        if (p["rows"], p["d"]) in CPU_SHAPES and p["case"] in ("forward", "forward+backward"):
-            times = {name: timing["us"] for name, timing in p["providers"].items()}
-            ratios = [f"{times[peer] / times['bhyt']:.2f}x" if peer in times else "-" for peer in CPU_PEERS]
-            cells.append([f"{p['rows']} x {p['d']} {p['dtype']}, {CPU_CASES[p['case']]}", *ratios])
-    return [caption(result), "", *markdown(["times faster than", *CPU_PEERS.values()], cells)]
+    for p in chosen:
+        times = {name: timing["us"] for name, timing in p["providers"].items()}
+        ratios = [f"{times[peer] / times['bhyt']:.2f}x" if peer in times else "-" for peer in peers]
+        cells.append([f"{p['rows']} x {p['d']} {p['dtype']}, {CPU_CASES[p['case']]}", *ratios])
+    return [caption(result), "", *markdown(["times faster than", *peers.values()], cells)]
 
 
 def overhead(result: Result) -> list[str]:
@@ -174,55 +158,6 @@ def model(result: Result) -> list[str]:
     return [*lines, "", result["paper_note"] + (f" Not measured: {'; '.join(absent)}." if absent else "")]
 
 
-def quantized(result: Result) -> list[str]:
-    """Tokens/s of whole models relative to the baseline; then int8 and float8 ops over the unquantised ones."""
-    baseline, problems = result["baseline"], result["problems"]
-    env = result["environment"]
-    state = f"torchao {env['torchao']}, transformers {env['transformers']}; load average {env['load_before']} before the run."
-    speeds = [{each: t["tokens_per_s"] for each, t in p["providers"].items()} for p in problems]
-    names = {name: None for p in problems for name in (*p["providers"], *p["failed"])}  # in order, once each
-    cells = [[f"{baseline}, tokens/s", *(number(own[baseline]) for own in speeds)]]
-    for name in names:
-        cells.append([name, *(f"{own[name] / own[baseline]:.2f}" if name in own else "failed" for own in speeds)])
-    shape = "{num_hidden_layers} layers, d = {hidden_size}".format(**result["preset"]["config"])
-    lines = [caption(result), state, "", f"Whole models, {shape}; tokens/s over {baseline}:", ""]
-    lines += markdown([f"over {baseline}", *(f"{p['task']} {p['mode']}" for p in problems)], cells)
-    ops = {f"{p['op']}": None for p in result["ops"]}
-    lines += ["", "Ops, times faster than the same op with y in the rows' dtype:", ""]
-    rows = []
-    for size in {(p["rows"], p["d"]): None for p in result["ops"]}:
-        for dtype in {p["dtype"]: None for p in result["ops"]}:
-            found = {p["op"]: p["providers"] for p in result["ops"] if (p["rows"], p["d"], p["dtype"]) == (*size, dtype)}
-            ratios = [f"{found[op]['bhyt']['us'] / found[op][to]['us']:.2f}" for op in ops for to in ("int8", "float8")]
-            rows.append([f"{size[0]} x {size[1]}", dtype, *ratios])
-    titles = [f"`{op}` {to}" for op in ops for to in ("int8", "float8")]
-    return [*lines, *markdown(["rows x d", "from", *titles], rows, left=2)]
-
-
-def quantized_accuracy(result: Result) -> list[str]:
-    """Held-out loss of the float model, and what each way of eight bits adds to it."""
-    records = result["records"]
-    ways = {way: None for r in records for way in r["losses"] if way != "float"}
-    shape = "{layers} layers, d = {dim}".format(**result["model"])
-    cells = []
-    for r in records:
-        own = r["losses"]
-        where = "-" if r["where"] == "none" else f"{r['times']}x, {r['where']}"
-        added = [f"{own[way] - own['float']:+.4f}" if way in own else "-" for way in ways]
-        cells.append([r["norm"], where, f"{own['float']:.4f}", *added])
-    lines = [f"{shape}; {result['text']}, {result['tokens']:,} held-out tokens; nats per token.", ""]
-    return lines + markdown(["norm", "outlier channel", "float", *ways], cells, left=2)
-
-
-def quantized_profile(result: Result) -> list[str]:
-    """CPU time of an eager decoding step, with parts of it taken away, and of a compiled prefill without products."""
-    cells = [[title, f"{ms:.2f}"] for title, ms in result["cpu_ms_per_token"].items()]
-    shape = "{num_hidden_layers} layers, d = {hidden_size}".format(**result["preset"]["config"])
-    lines = [caption(result), "", *markdown([f"an eager decoding step, {shape}", "CPU time, ms"], cells)]
-    cells = [[f"{name}, without its products", f"{ms:.1f}"] for name, ms in result["cpu_ms_per_prefill"].items()]
-    return lines + ["", *markdown([f"a compiled prefill of {result['tokens']} tokens", "CPU time, ms"], cells)]
-
-
 RENDERERS: dict[str, Callable[[Result], list[str]]] = {
     "cpu": cpu, "overhead": overhead, "compile": compiled, "model": model, "quantized": quantized,
     "quantized-accuracy": quantized_accuracy, "quantized-profile": quantized_profile,
@@ -269,8 +204,12 @@ def update(text: str, results: Path) -> tuple[str, list[str]]:
     def fresh(match: re.Match[str]) -> str:
         name = match["name"]
         whole = match[1] + "\n" + render(name, results) + "\n" + match[3]
-        if whole != match[0]:
-            changed.append(name)
+        before = match[0]
+        if not staleness.HISTORY:  # what the page says of its age cannot be judged here
+            whole, before = (text.replace(staleness.NOTE, "") for text in (whole, before))
+        if whole == before:
+            return match[0]
+        changed.append(name)
         return whole
 
     return MARKED.sub(fresh, text), changed

@@ -1,7 +1,4 @@
-"""`python -m bhyt`: what a bug report needs, and a check of every op against the formula on every device.
-
-Exits with 1 when the check fails.
-"""
+"""`python -m bhyt`: the facts for a bug report, and a check of every op against float64 on every device."""
 
 import platform
 import sys
@@ -34,7 +31,11 @@ def _gpu(i: int, built: bool) -> str:
 
 
 def facts() -> Dict[str, str]:
-    """Versions, build and devices, ready to print."""
+    """Versions, build and devices, ready to print.
+
+    Returns:
+        A text for each name: bhyt, torch, python, the CPU and CUDA kernels, the CUDA of torch, the GPUs.
+    """
     build = torch.ops.bhyt.build_info()
     gpus = [_gpu(i, bool(build["cuda_archs"])) for i in range(torch.cuda.device_count())]
     return {
@@ -75,7 +76,14 @@ def _results(ops: Any, dtype: torch.dtype, device: str) -> Dict[str, Tensor]:
 
 
 def self_check(device: str) -> Iterator[Tuple[str, float, float]]:
-    """(what, relative L2 error against float64, allowed) for each output and gradient of the four forwards."""
+    """Compare each output and gradient of the four forwards with float64, in float32 and bfloat16.
+
+    Args:
+        device: "cpu", "cuda:0" and so on.
+
+    Yields:
+        (name, relative L2 error, allowed error).
+    """
     exact = _results(bhyt.reference, torch.float64, "cpu")
     for dtype, allowed in ((torch.float32, 2e-6), (torch.bfloat16, 1e-2)):
         rows = {name: t.cpu().double() for name, t in _results(bhyt.functional, dtype, device).items()}
@@ -85,10 +93,16 @@ def self_check(device: str) -> Iterator[Tuple[str, float, float]]:
 
 
 def devices() -> List[str]:
+    """The devices that the check covers: the CPU and every GPU that torch sees."""
     return ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
 
 
 def main() -> int:
+    """Print the facts and the outcome of the check.
+
+    Returns:
+        The exit status: 1 when an output, a gradient or a device fails.
+    """
     for name, value in facts().items():
         print(f"{name + ':':15}{value}")
     failed = 0

@@ -21,6 +21,9 @@ def _minor(version: str) -> str:
 def library_path() -> str:
     """The op library's file, for programs that load it without Python (docs/deploy.md).
 
+    Returns:
+        An absolute path.
+
     Raises:
         ImportError: it has not been built.
     """

@@ -28,7 +28,10 @@ def wants_formula(name: str) -> bool:
 def decompositions() -> Dict[Any, Callable[..., Any]]:
     """The formula of each forward op in plain PyTorch ops, for `torch.export.ExportedProgram.run_decompositions`.
 
-    For runtimes that do not load the op library, such as ONNX.
+    Runtimes that do not load the op library, such as ONNX, need it.
+
+    Returns:
+        The four differentiable forward ops, each with its function of `bhyt.reference`.
     """
     return {getattr(torch.ops.bhyt, name).default: getattr(reference, name) for name in _EXACT + _APPROXIMATE}
 

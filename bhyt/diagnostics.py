@@ -1,9 +1,12 @@
-"""What each BHyT site sees while a model runs: magnitude, variance, saturation, lam, and how far v' is from v.
+"""Statistics of each BHyT site while a model runs: magnitude, variance, saturation, lam, and the error of v'.
 
-    with bhyt.diagnostics.record(model) as record:
-        model(batch)                    # once or many times, backward included
-    print(record)                       # a table; list(record) has the numbers
-    record.plot("sites.png")            # needs matplotlib
+Examples:
+    >>> import torch, bhyt
+    >>> model = torch.nn.Sequential(bhyt.BHyT(4, lam=2.0))
+    >>> with bhyt.diagnostics.record(model) as record:
+    ...     y = model(torch.ones(2, 4))     # once or many times, backward included
+    >>> [(site.name, site.kind, site.rows, site.variance) for site in record]
+    [('0', 'exact', 2, 1.0)]
 """
 
 import contextlib
@@ -29,7 +32,7 @@ class SiteStatistics:
     Attributes:
         name: as in `model.named_modules()`.
         kind: "exact" or "approximate".
-        rows: how many there were.
+        rows: the number of rows.
         magnitude: mean |x|.
         variance: mean of v = mean(x^2), computed from the row at both kinds of site.
         saturation: share of elements with |tanh(a x)| > 0.95, a = lam / (kappa sqrt(v + eps)), with v' for v at an
@@ -53,15 +56,17 @@ class SiteStatistics:
 
 
 class Record:
-    """What `record` yields: iterable over `SiteStatistics`, in the model's order, sites that were not called left out.
+    """The statistics that `record` yields. Iterating gives `SiteStatistics`, in the model's order.
 
-    Reading it (iterating, printing, plotting) is what waits for the device. It can be read in the context and after.
+    Sites that were not called are left out. Iterating, printing and plotting wait for the device. A record can be read
+    in the context and after it.
     """
 
     def __init__(self, sites: List["_SiteStatistics"]) -> None:
         self._sites = sites
 
     def __iter__(self) -> Iterator[SiteStatistics]:
+        """The statistics of each site that was called, in the model's order. Waits for the device."""
         return iter([site.read() for site in self._sites if site.rows])
 
     def __str__(self) -> str:
@@ -124,11 +129,11 @@ _PANELS = {
 
 @contextlib.contextmanager
 def record(model: nn.Module) -> Iterator[Record]:
-    """Record every BHyT site of `model` within the context: each call of the module, by whichever of its methods.
+    """Record every BHyT site of `model` within the context: each call of the module, by any of its methods.
 
-    Outputs and gradients keep their bits. Nothing waits for the device before the record is read, and the memory needed
-    does not grow with the calls. Outside the context nothing is left behind, after exceptions neither. In a training
-    loop: around every so many steps.
+    Outputs and gradients keep their bits. Nothing waits for the device before the record is read. The memory does not
+    grow with the calls. The context leaves nothing behind, also after exceptions. In a training loop, record every so
+    many steps.
 
     Rows that activation checkpointing computes again in the backward pass count once. Models that torch.compile has
     compiled run eagerly in the context. Scripted and exported models, and CUDA graphs that were captured before, hide

@@ -10,7 +10,7 @@ from bhyt.modules import BHyT, BHyTApprox
 from bhyt.readers import check_linear, decoder_readers, module_of, times_used
 
 class FoldedGain:
-    """What `fold_gain` returns: undoes it by `unfold()`, or on leaving it as a context manager.
+    """The handle that `fold_gain` returns: `unfold()`, or the end of a `with` block, undoes the folding.
 
     Attributes:
         sites: names of the sites whose gains are folded.
@@ -23,7 +23,10 @@ class FoldedGain:
     @torch.inference_mode(False)
     @torch.no_grad()
     def unfold(self) -> None:
-        """Put back the gains and weights: the same Parameter objects, the same bits. A second call does nothing."""
+        """Put back the gains and weights: the same Parameter objects, the same bits, on the device of the model now.
+
+        A second call does nothing.
+        """
         while self._originals:
             module, weight = self._originals.pop()
             placed = module.weight if module.weight is not None else module.lam
@@ -43,20 +46,21 @@ class FoldedGain:
 @torch.inference_mode(False)
 @torch.no_grad()
 def fold_gain(model: nn.Module, readers: Optional[Mapping[str, Sequence[str]]] = None) -> FoldedGain:
-    """For inference: multiply the columns of the linears that read a site by its gain, and drop the gain.
+    """Multiply the columns of the linears that read a site by its gain, and drop the gain. For inference.
 
-        with bhyt.fold_gain(model):
-            model.generate(..)
+    W (gamma * t) = (W gamma) t, so the kernels then read no gain. Used as a context manager, the handle unfolds at the
+    end: `with bhyt.fold_gain(model): model.generate(..)`.
 
-    A folded site has `weight` None. Each product is rounded once to the linear's dtype, so outputs differ from those
-    before by rounding. Variance offsets stay what they were, and `update_variance_offset` refuses a folded first site,
-    whose W_V is not itself. Hidden states taken behind a folded final norm lack its gain.
+    What changes: a folded site has `weight` None. Each product is rounded once to the linear's dtype, so outputs differ
+    by rounding. Hidden states taken behind a folded final norm lack its gain. Variance offsets stay, and
+    `update_variance_offset` refuses a folded first site, because its W_V holds products.
 
-    Exactly reversible, because the originals are kept, on the CPU: there the memory of the folded linears doubles, on a
-    GPU it does not. The folded weights are other Parameters, without gradient; optimisers go on holding the originals,
-    which `unfold()` brings back. Move the model between devices at any time, cast it unfolded only. A copy of a folded
-    model runs and cannot be unfolded. Its state dict has the products and lacks the gains, which strict loading
-    reports. Fold before capturing CUDA graphs.
+    Unfolding is exact: the originals are kept on the CPU. There the memory of the folded linears doubles; on a GPU it
+    does not. The folded weights are other Parameters, without gradient, and optimisers go on holding the originals.
+
+    Limits: move the model between devices at any time, but cast it unfolded. A copy of a folded model runs and cannot
+    be unfolded. The state dict of a folded model has the products and lacks the gains, which strict loading reports.
+    Fold before capturing CUDA graphs.
 
     Args:
         model: any module that holds both sites and linears.
@@ -73,6 +77,13 @@ def fold_gain(model: nn.Module, readers: Optional[Mapping[str, Sequence[str]]] =
         ValueError: nothing to fold; a site or linear that is folded already; a linear that is quantised, sharded,
             wrapped by an adapter, on the meta device, tied to another module, read by two sites, or not of the site's
             size; a layer with further modules that may read the site. The model has not been changed then.
+
+    Examples:
+        >>> import torch, bhyt
+        >>> model = torch.nn.ModuleDict({"norm": bhyt.BHyT(4), "up": torch.nn.Linear(4, 8)})
+        >>> with bhyt.fold_gain(model, readers={"norm": ["up"]}) as folded:
+        ...     folded.sites, model["norm"].weight
+        (('norm',), None)
     """
     pairs = decoder_readers(model) if readers is None else readers
     uses = times_used(model)

@@ -1,13 +1,16 @@
 """The four forward ops, differentiable in every tensor but `variance_offset`, and their quantised twins.
 
-Shapes: a row is the last dimension, of d elements; `[...]` is any number of leading dimensions.
+A row is the last dimension, of d elements; `[...]` is any number of leading dimensions.
+
 Dtypes: rows are float32, float64, float16 or bfloat16. Arithmetic, variances and sums over rows are float32 (float64
 for float64 rows), with one rounding at the end. `weight`, `lam` and `variance_offset` may have any of these dtypes,
-whatever the rows have; nothing is cast before the kernel. Under autocast nothing changes: the output keeps x's dtype.
-Errors: a wrong dtype raises TypeError; a wrong shape, device, kappa or eps ValueError.
+whatever dtype the rows have; no tensor is cast before the kernel. Autocast changes nothing: y keeps x's dtype.
 
-Source of the formulas: "Bounded Hyperbolic Tangent: A Stable and Efficient Alternative to Pre-Layer Normalization in
-Large Language Models", arXiv 2601.09719.
+Errors: a wrong dtype raises TypeError. A wrong shape, device, kappa or eps raises ValueError. The message names the
+argument, what was expected and what was given.
+
+Formulas: "Bounded Hyperbolic Tangent: A Stable and Efficient Alternative to Pre-Layer Normalization in Large Language
+Models", arXiv 2601.09719; `docs/mathematics.md` has them with their gradients.
 """
 
 from typing import Callable, Optional, Tuple
@@ -47,6 +50,16 @@ def forward(
     Returns:
         y: [..., d] in x's dtype, |y| <= |weight| rounded to that dtype.
         variance: v, [..., 1] float32 (float64 for float64 x), for the approximate site of the same block.
+
+    Raises:
+        TypeError: a tensor of another dtype.
+        ValueError: a shape or device that does not fit x, kappa <= 0 or eps < 0.
+
+    Examples:
+        >>> import torch, bhyt
+        >>> y, variance = bhyt.functional.forward(torch.ones(2, 4), None, torch.tensor([2.0]))
+        >>> y.shape, variance.shape, round(y[0, 0].item(), 4)
+        (torch.Size([2, 4]), torch.Size([2, 1]), 0.1974)
     """
     if not _scripting():
         if wants_formula("forward"):
@@ -67,12 +80,19 @@ def forward_approx(
 
     Args:
         x: [..., d], any floating dtype.
-        variance: [..., 1] float32 (float64 for float64 x), as the exact site of the block returned it.
+        variance: [..., 1] float32 (float64 for float64 rows), as the exact site of the block returned it.
         variance_offset: one element, or None (0); c * lam1^2 / kappa^2, see `attention_gain`. It gets no gradient.
-        weight, lam, kappa, eps: as for `forward`.
+        weight: [d] or None (gain 1).
+        lam: one element.
+        kappa: > 0; see `forward`.
+        eps: >= 0, added to the variance.
 
     Returns:
         y: [..., d] in x's dtype.
+
+    Raises:
+        TypeError: a tensor of another dtype.
+        ValueError: a shape or device that does not fit x, kappa <= 0 or eps < 0.
     """
     if not _scripting():
         if wants_formula("forward_approx"):
@@ -86,15 +106,21 @@ def add_forward(
     """Residual add fused into an exact site: sum = x + residual, y = site(sum). Bit for bit what the two steps give.
 
     Args:
-        x: [..., d], the branch to add.
-        residual: [..., d], the stream it is added to, of x's dtype or a wider one (a float32 stream under bfloat16
-            branches).
-        weight, lam, kappa, eps: as for `forward`.
+        x: [..., d], the branch to add, any floating dtype.
+        residual: [..., d], the stream that x is added to, of x's dtype or a wider one.
+        weight: [d] or None (gain 1).
+        lam: one element.
+        kappa: > 0; see `forward`.
+        eps: >= 0, added to the variance.
 
     Returns:
         y: [..., d] in x's dtype.
         sum: [..., d] in residual's dtype, the new residual stream.
         variance: [..., 1], mean(sum^2) of the stored sum; float32 (float64 for a float64 stream).
+
+    Raises:
+        TypeError: a tensor of another dtype.
+        ValueError: a shape or device that does not fit x, kappa <= 0 or eps < 0.
     """
     if not _scripting():
         if wants_formula("add_forward"):
@@ -115,13 +141,22 @@ def add_forward_approx(
     """Residual add fused into an approximate site: sum = x + residual, y = site(sum) with the variance given.
 
     Args:
-        x, residual: as for `add_forward`.
-        variance, variance_offset: as for `forward_approx`.
-        weight, lam, kappa, eps: as for `forward`.
+        x: [..., d], the branch to add, any floating dtype.
+        residual: [..., d], the stream that x is added to, of x's dtype or a wider one.
+        variance: [..., 1] float32 (float64 for float64 rows), as the exact site of the block returned it.
+        variance_offset: one element, or None (0); c * lam1^2 / kappa^2, see `attention_gain`. It gets no gradient.
+        weight: [d] or None (gain 1).
+        lam: one element.
+        kappa: > 0; see `forward`.
+        eps: >= 0, added to the variance.
 
     Returns:
         y: [..., d] in x's dtype.
         sum: [..., d] in residual's dtype, the new residual stream.
+
+    Raises:
+        TypeError: a tensor of another dtype.
+        ValueError: a shape or device that does not fit x, kappa <= 0 or eps < 0.
     """
     if not _scripting():
         if wants_formula("add_forward_approx"):
@@ -145,17 +180,29 @@ def forward_quantized(
     differentiable.
 
     Args:
-        x, weight, lam, kappa, eps: as for `forward`.
+        x: [..., d], any floating dtype.
+        weight: [d] or None (gain 1).
+        lam: one element.
         scale: a number from 2^-126 to 2^126.
         zero_point: of dtype; 0 for float8_e4m3fn.
-        dtype: int8, uint8 (with zero_point 128, what oneDNN's linears read) or float8_e4m3fn, which saturates at 448.
+        dtype: int8, uint8 (oneDNN's linears read it with zero_point 128) or float8_e4m3fn, which saturates at 448.
+        kappa: > 0; see `forward`.
+        eps: >= 0, added to the variance.
 
     Returns:
         q: [..., d] of dtype. Where y is NaN it is zero_point, in float8_e4m3fn NaN.
         variance: as from `forward`, the same bits.
 
     Raises:
+        TypeError: a tensor, or `dtype`, of another dtype.
+        ValueError: a shape or device that does not fit x; kappa, eps, scale or zero_point out of range.
         RuntimeError: a gradient would have to be recorded.
+
+    Examples:
+        >>> import torch, bhyt
+        >>> q, _ = bhyt.functional.forward_quantized(torch.ones(1, 4), None, torch.tensor([2.0]), scale=1 / 127)
+        >>> q
+        tensor([[25, 25, 25, 25]], dtype=torch.int8)
     """
     if not _scripting():
         if wants_formula("forward_quantized"):
@@ -177,8 +224,25 @@ def forward_approx_quantized(
 ) -> Tensor:
     """`forward_approx` with y in eight bits; see `forward_quantized`.
 
+    Args:
+        x: [..., d], any floating dtype.
+        variance: [..., 1] float32 (float64 for float64 rows), as the exact site of the block returned it.
+        variance_offset: one element, or None (0); c * lam1^2 / kappa^2, see `attention_gain`. It gets no gradient.
+        weight: [d] or None (gain 1).
+        lam: one element.
+        scale: a number from 2^-126 to 2^126; see `forward_quantized`.
+        zero_point: of dtype; 0 for float8_e4m3fn.
+        dtype: int8, uint8 or float8_e4m3fn.
+        kappa: > 0; see `forward`.
+        eps: >= 0, added to the variance.
+
     Returns:
         q: [..., d] of dtype.
+
+    Raises:
+        TypeError: a tensor, or `dtype`, of another dtype.
+        ValueError: a shape or device that does not fit x; kappa, eps, scale or zero_point out of range.
+        RuntimeError: a gradient would have to be recorded.
     """
     if not _scripting():
         if wants_formula("forward_approx_quantized"):
@@ -203,9 +267,26 @@ def add_forward_quantized(
 ) -> Tuple[Tensor, Tensor, Tensor]:
     """`add_forward` with y in eight bits; see `forward_quantized`.
 
+    Args:
+        x: [..., d], the branch to add, any floating dtype.
+        residual: [..., d], the stream that x is added to, of x's dtype or a wider one.
+        weight: [d] or None (gain 1).
+        lam: one element.
+        scale: a number from 2^-126 to 2^126; see `forward_quantized`.
+        zero_point: of dtype; 0 for float8_e4m3fn.
+        dtype: int8, uint8 or float8_e4m3fn.
+        kappa: > 0; see `forward`.
+        eps: >= 0, added to the variance.
+
     Returns:
         q: [..., d] of dtype.
-        sum, variance: as from `add_forward`, the same bits.
+        sum: as from `add_forward`, the same bits.
+        variance: as from `add_forward`, the same bits.
+
+    Raises:
+        TypeError: a tensor, or `dtype`, of another dtype.
+        ValueError: a shape or device that does not fit x; kappa, eps, scale or zero_point out of range.
+        RuntimeError: a gradient would have to be recorded.
     """
     if not _scripting():
         if wants_formula("add_forward_quantized"):
@@ -228,9 +309,27 @@ def add_forward_approx_quantized(
 ) -> Tuple[Tensor, Tensor]:
     """`add_forward_approx` with y in eight bits; see `forward_quantized`.
 
+    Args:
+        x: [..., d], the branch to add, any floating dtype.
+        residual: [..., d], the stream that x is added to, of x's dtype or a wider one.
+        variance: [..., 1] float32 (float64 for float64 rows), as the exact site of the block returned it.
+        variance_offset: one element, or None (0); c * lam1^2 / kappa^2, see `attention_gain`. It gets no gradient.
+        weight: [d] or None (gain 1).
+        lam: one element.
+        scale: a number from 2^-126 to 2^126; see `forward_quantized`.
+        zero_point: of dtype; 0 for float8_e4m3fn.
+        dtype: int8, uint8 or float8_e4m3fn.
+        kappa: > 0; see `forward`.
+        eps: >= 0, added to the variance.
+
     Returns:
         q: [..., d] of dtype.
         sum: as from `add_forward_approx`, the same bits.
+
+    Raises:
+        TypeError: a tensor, or `dtype`, of another dtype.
+        ValueError: a shape or device that does not fit x; kappa, eps, scale or zero_point out of range.
+        RuntimeError: a gradient would have to be recorded.
     """
     if not _scripting():
         if wants_formula("add_forward_approx_quantized"):

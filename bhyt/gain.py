@@ -17,23 +17,28 @@ def attention_gain(
 ) -> Tensor:
     """c = ||W_V W_O||_F^2 / (seq_len * d), so that v' = v + c * lam1^2 / kappa^2 (arXiv 2601.09719).
 
-    With grouped-query attention the values are repeated for the query heads that share them, so W_O's column blocks
-    that read one KV head are summed first. Then ||W_O W_V||_F^2 = sum of (W_V W_V^T) * (W_O^T W_O): no d x d product.
+    With grouped-query attention several query heads share a KV head. The column blocks of W_O that read one KV head are
+    summed first. Then ||W_O W_V||_F^2 = sum of (W_V W_V^T) * (W_O^T W_O), without a d x d product.
 
-    Sharded weights (DTensor) are gathered, by every process that takes part.
+    Sharded weights (DTensor) are gathered: every process that has a shard must call.
 
     Args:
         v_weight: W_V as `v_proj.weight` stores it, [kv_heads * head_dim, d], any floating dtype.
         o_weight: W_O as `o_proj.weight` stores it, [d, kv_heads * kv_groups * head_dim].
         seq_len: the sequence length T the model is built for.
         kv_groups: query heads per KV head (`num_key_value_groups`); 1 without grouped-query attention.
-        head_dim: size of a head; needed when kv_groups > 1, where the columns of o_weight cannot be told apart without.
+        head_dim: size of a head; needed when kv_groups > 1, to tell the columns of o_weight apart.
 
     Returns:
         c: a scalar tensor without gradient, on v_weight's device; float32 (float64 for float64 weights).
 
     Raises:
         ValueError: shapes that do not fit together, or numbers below 1.
+
+    Examples:
+        >>> import torch, bhyt
+        >>> bhyt.attention_gain(torch.eye(4), torch.eye(4), seq_len=16)
+        tensor(0.0625)
     """
     v_weight, o_weight = whole(v_weight), whole(o_weight)
     if v_weight.dim() != 2 or o_weight.dim() != 2:

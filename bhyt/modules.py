@@ -87,6 +87,7 @@ class _Site(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def extra_repr(self) -> str:
+        """Size, initial lam, kappa, eps and the options."""
         return (
             f"{self.hidden_size}, lam={self.initial_lam}, kappa={self.kappa}, eps={self.eps}, "
             f"learnable_lam={self.learnable_lam}, elementwise_affine={self.elementwise_affine}"
@@ -126,7 +127,8 @@ class BHyT(_Site):
         eps: added to the variance.
         learnable_lam: False makes `lam` a buffer: saved, never trained.
         elementwise_affine: False leaves out the gain `weight`.
-        device, dtype: of `weight` and `lam`; any floating dtype works with rows of any other. Train in float32 (under
+        device: of `weight` and `lam`.
+        dtype: of `weight` and `lam`; any floating dtype works with rows of any other. Train in float32 (under
             autocast, or with float32 copies in the optimizer): a bfloat16 lam of 2 does not see steps below 0.004.
 
     Attributes:
@@ -135,21 +137,33 @@ class BHyT(_Site):
 
     Raises:
         ValueError: an option that is not as described; called with rows of another width than hidden_size.
+
+    Examples:
+        >>> import torch, bhyt
+        >>> norm = bhyt.BHyT(4, lam=2.0)
+        >>> y, variance = norm(torch.ones(2, 4), return_variance=True)
+        >>> y.shape, variance.shape
+        (torch.Size([2, 4]), torch.Size([2, 1]))
     """
 
     def forward(self, x: Tensor, residual: Optional[Tensor] = None, return_variance: bool = False) -> Tensor:
-        """y, or (y[, sum][, variance]) as asked for.
+        """Return y, or a tuple of y, the sum and the variance as asked for.
 
         Args:
             x: [..., d] rows, any floating dtype.
-            residual: [..., d], of x's dtype or a wider one: the site is that of sum = x + residual, which is returned
-                behind y, in residual's dtype.
+            residual: [..., d], of x's dtype or a wider one. The site then works on sum = x + residual, and returns
+                the sum behind y, in residual's dtype.
             return_variance: also return the variance of the rows, [..., 1] float32 (float64 for float64 rows), which
                 the block's approximate site takes.
 
         Returns:
-            y [..., d] in x's dtype; a tuple when more is asked for. In TorchScript, whose type this method declares, y
-            alone can be asked for here; the methods below are for the rest.
+            y [..., d] in x's dtype; a tuple when more is asked for. TorchScript takes the declared type, so it can ask
+            for y alone here; the methods below are for the rest.
+
+        Raises:
+            TypeError: x is no tensor, or of another dtype.
+            ValueError: x or residual of another width or shape.
+            RuntimeError: in TorchScript, more than y is asked for.
         """
         if _scripting():
             if residual is not None or return_variance:
@@ -172,7 +186,15 @@ class BHyT(_Site):
         return results if return_variance else results[:2]
 
     def forward_with_variance(self, x: Tensor) -> Tuple[Tensor, Tensor]:
-        """self(x, return_variance=True): (y [..., d], variance [..., 1])."""
+        """Call `self(x, return_variance=True)`.
+
+        Args:
+            x: [..., d] rows, any floating dtype.
+
+        Returns:
+            y: [..., d] in x's dtype.
+            variance: [..., 1] float32 (float64 for float64 rows).
+        """
         if _scripting():
             return F.forward(x, self.weight, self.lam, self.kappa, self.eps)
         else:
@@ -180,7 +202,16 @@ class BHyT(_Site):
             return pair
 
     def forward_add(self, x: Tensor, residual: Tensor) -> Tuple[Tensor, Tensor]:
-        """self(x, residual): (y, sum) with sum = x + residual and y = self(sum)."""
+        """Call `self(x, residual)`: sum = x + residual, y = self(sum).
+
+        Args:
+            x: [..., d], the branch to add, any floating dtype.
+            residual: [..., d], the stream, of x's dtype or a wider one.
+
+        Returns:
+            y: [..., d] in x's dtype.
+            sum: [..., d] in residual's dtype.
+        """
         if _scripting():
             y, total, _ = F.add_forward(x, residual, self.weight, self.lam, self.kappa, self.eps)
             return y, total
@@ -189,7 +220,17 @@ class BHyT(_Site):
             return pair
 
     def forward_add_with_variance(self, x: Tensor, residual: Tensor) -> Tuple[Tensor, Tensor, Tensor]:
-        """self(x, residual, return_variance=True): (y, sum, variance [..., 1] of the sum)."""
+        """Call `self(x, residual, return_variance=True)`.
+
+        Args:
+            x: [..., d], the branch to add, any floating dtype.
+            residual: [..., d], the stream, of x's dtype or a wider one.
+
+        Returns:
+            y: [..., d] in x's dtype.
+            sum: [..., d] in residual's dtype.
+            variance: [..., 1] of the sum, float32 (float64 for a float64 stream).
+        """
         if _scripting():
             return F.add_forward(x, residual, self.weight, self.lam, self.kappa, self.eps)
         else:
@@ -210,10 +251,10 @@ class BHyTApprox(VarianceOffset, _Site):
     """Approximate site: y = weight * tanh(lam * x / (kappa * sqrt(variance + offset + eps))), no reduction.
 
     The second site of a block: `variance` is the exact site's, and the offset is what attention adds to it,
-    c * lam1^2 / kappa1^2 with c from `bhyt.attention_gain`. The offset follows from weights, so it is no parameter: set
-    it after construction, and refresh it every so many training steps. Until then it is NaN, and calling the site
-    raises RuntimeError. It is state, saved and loaded with the weights; loading a state dict without it succeeds and
-    leaves it unset, never as it was.
+    c * lam1^2 / kappa1^2 with c from `bhyt.attention_gain`. The offset follows from weights, so it is no parameter.
+    Set it after construction, and update it every 10 to 100 training steps. Before it is set it is NaN, and calling the
+    site raises RuntimeError. The offset is saved and loaded with the weights. Loading a state dict without it succeeds,
+    and leaves the offset unset.
 
     Args:
         hidden_size: d, the size of the last dimension: an integer, or a shape of one dimension.
@@ -223,7 +264,8 @@ class BHyTApprox(VarianceOffset, _Site):
         eps: added to the variance.
         learnable_lam: False makes `lam` a buffer: saved, never trained.
         elementwise_affine: False leaves out the gain `weight`.
-        device, dtype: of `weight` and `lam`; any floating dtype works with rows of any other. Train in float32 (under
+        device: of `weight` and `lam`.
+        dtype: of `weight` and `lam`; any floating dtype works with rows of any other. Train in float32 (under
             autocast, or with float32 copies in the optimizer): a bfloat16 lam of 2 does not see steps below 0.004.
 
     Attributes:
@@ -233,6 +275,16 @@ class BHyTApprox(VarianceOffset, _Site):
 
     Raises:
         ValueError: an option that is not as described; called with rows of another width than hidden_size.
+
+    Examples:
+        >>> import torch, bhyt
+        >>> first, second = bhyt.BHyT(4, lam=2.0), bhyt.BHyTApprox(4)
+        >>> v_weight, o_weight = torch.eye(4), torch.eye(4)
+        >>> second.update_variance_offset(bhyt.attention_gain(v_weight, o_weight, seq_len=16), first)
+        >>> y, variance = first(torch.ones(2, 4), return_variance=True)
+        >>> y, stream = second(y, variance, residual=torch.ones(2, 4))
+        >>> second.variance_offset
+        tensor([0.0025])
     """
 
     def reset_parameters(self) -> None:
@@ -241,9 +293,11 @@ class BHyTApprox(VarianceOffset, _Site):
         self._unset_offset()
 
     def update_variance_offset(self, gain: Tensor, first: BHyT) -> None:
-        """Set the offset to gain * lam1^2 / kappa1^2, lam1 and kappa1 being those of the block's exact site `first`.
+        """Set the offset to gain * lam1^2 / kappa1^2.
 
-        gain: c, from `bhyt.attention_gain`.
+        Args:
+            gain: c, one element, from `bhyt.attention_gain`.
+            first: the block's exact site, which has lam1 and kappa1.
 
         Raises:
             TypeError: `first` is not an exact site.
@@ -252,19 +306,21 @@ class BHyTApprox(VarianceOffset, _Site):
         self.set_variance_offset(offset_of(gain, first))
 
     def forward(self, x: Tensor, variance: Tensor, residual: Optional[Tensor] = None) -> Tensor:
-        """y, or (y, sum) with a residual.
+        """Return y, or (y, sum) with a residual.
 
         Args:
             x: [..., d] rows, any floating dtype.
-            variance: [..., 1], as the block's exact site returned it.
-            residual: [..., d], of x's dtype or a wider one: the site is that of sum = x + residual, which is returned
-                behind y, in residual's dtype.
+            variance: [..., 1] float32 (float64 for float64 rows), as the block's exact site returned it.
+            residual: [..., d], of x's dtype or a wider one. The site then works on sum = x + residual, and returns
+                the sum behind y, in residual's dtype.
 
         Returns:
             y [..., d] in x's dtype; a tuple with a residual, for which TorchScript has `forward_add`.
 
         Raises:
-            RuntimeError: the offset has not been set.
+            TypeError: x is no tensor, or a tensor has another dtype.
+            ValueError: x, variance or residual of another width or shape.
+            RuntimeError: the offset has not been set; in TorchScript, a residual.
         """
         if _scripting():
             if residual is not None:
@@ -287,7 +343,17 @@ class BHyTApprox(VarianceOffset, _Site):
         return F.add_forward_approx(x, residual, variance, offset, weight, lam, self.kappa, self.eps)
 
     def forward_add(self, x: Tensor, residual: Tensor, variance: Tensor) -> Tuple[Tensor, Tensor]:
-        """self(x, variance, residual): (y, sum) with sum = x + residual."""
+        """Call `self(x, variance, residual)`: sum = x + residual, y = self(sum). Mind the order of the arguments.
+
+        Args:
+            x: [..., d], the branch to add, any floating dtype.
+            residual: [..., d], the stream, of x's dtype or a wider one.
+            variance: [..., 1], as the block's exact site returned it.
+
+        Returns:
+            y: [..., d] in x's dtype.
+            sum: [..., d] in residual's dtype.
+        """
         if _scripting():
             return F.add_forward_approx(
                 x, residual, variance, self._offset(), self.weight, self.lam, self.kappa, self.eps

@@ -12,7 +12,9 @@ def on_values(site: Callable[..., Any], x: Tensor, tensors: Mapping[str, Optiona
     values = {}
     for name, tensor in given.items():
         if tensor is not None and not (tensor.is_nested and tensor.layout == torch.jagged and tensor._ragged_idx == 1):
-            raise ValueError(f"{name}: expected a jagged nested tensor [batch, ragged, .., d], as x, got {tensor.layout}")
+            raise ValueError(
+                f"{name}: expected a jagged nested tensor [batch, ragged, .., d], as x, got {tensor.layout}"
+            )
         if tensor is not None and tensor.shape[:2] != x.shape[:2]:
             raise ValueError(f"{name}: expected the offsets of x, got others")
         values[name] = None if tensor is None else tensor.values()

@@ -31,7 +31,10 @@ class VarianceOffset(nn.Module):
     def has_variance_offset(self) -> bool:
         """Whether the offset has been set, wherever it came from: a state dict, a loader of buffers, an average.
 
-        Reads the buffer (a synchronisation on a GPU) until it is.
+        Each call reads the buffer (a synchronisation on a GPU) until the offset is set.
+
+        Returns:
+            True once the buffer holds a number.
         """
         if not self.offset_is_set and not self.variance_offset.is_meta:
             if self.variance_offset.dtype != torch.float32 or self.variance_offset.dim() != 1:
@@ -41,10 +44,13 @@ class VarianceOffset(nn.Module):
 
     @torch.no_grad()
     def set_variance_offset(self, offset: Union[Tensor, float]) -> None:
-        """Set v' - v, one non-negative number; stored as float32 on the site's device, without gradient.
+        """Set v' - v, one non-negative number, stored as float32 on the site's device, without gradient.
 
-        The number is written in place, so that captured CUDA graphs see it. Where the graph of a forward still holds the
-        buffer, a new buffer takes its place: the backward then uses the offset of its forward.
+        The number is written in place, so that captured CUDA graphs see it. Where the graph of a forward still holds
+        the buffer, a new buffer takes its place: the backward then uses the offset of its forward.
+
+        Args:
+            offset: a number, or a tensor of one element.
 
         Raises:
             ValueError: several numbers, a negative one or NaN. On other devices than the CPU values are not looked at.
@@ -91,7 +97,7 @@ class VarianceOffset(nn.Module):
             self._unset_offset()
         elif not before.is_meta and after is not before:
             if after.dtype != torch.float32 or type(after) is type(before):
-                self.variance_offset = before.to(after.device)  # the value stays, whatever a cast or to_empty made of it
+                self.variance_offset = before.to(after.device)  # the value stays through casts and to_empty
         return self
 
     def _is_empty(self) -> bool:

@@ -13,8 +13,6 @@ def _dimensions(parameter: nn.Parameter) -> int:
 def parameter_groups(model: nn.Module, weight_decay: float) -> List[Dict[str, Any]]:
     """Parameter groups for an optimizer: matrices decay; gains, biases and every site's lam do not.
 
-        torch.optim.AdamW(bhyt.parameter_groups(model, weight_decay=0.1), lr=3e-4)
-
     Decay pulls lam towards 0, where a site is linear and its output vanishes (2.21 becomes 1.97 in 200 steps).
     `transformers.Trainer` makes the same choice by itself for converted models, whose sites have "norm" in their names.
 
@@ -27,6 +25,13 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> List[Dict[str, An
 
     Raises:
         ValueError: nothing to train, or a negative weight_decay.
+
+    Examples:
+        >>> import torch, bhyt
+        >>> model = torch.nn.Sequential(bhyt.BHyT(4), torch.nn.Linear(4, 8))
+        >>> optimizer = torch.optim.AdamW(bhyt.parameter_groups(model, weight_decay=0.1), lr=3e-4)
+        >>> [len(group["params"]) for group in optimizer.param_groups]
+        [1, 3]
     """
     if not weight_decay >= 0:
         raise ValueError(f"weight_decay: expected a number >= 0, got {weight_decay}")

@@ -1,16 +1,15 @@
 """Sites under tensor and sequence parallelism: sharding rules for DTensor, and a style for `parallelize_module`.
 
-Importing this module registers the rules. `import bhyt` does not: it would load torch.distributed.tensor, which takes
-half as long as torch itself. DDP and FSDP2 need nothing from here: they give plain parameters to the forward of the
-modules they wrap. That is best a whole layer. A site that `fully_shard` wraps on its own under a mixed precision policy
-needs `cast_forward_inputs=False`, since variances stay float32.
+Importing this module registers the rules. `import bhyt` does not, because torch.distributed.tensor takes half as long
+to load as torch itself. DDP and FSDP2 need nothing from here: they give plain parameters to the forward of the modules
+that they wrap. Wrap whole layers. A site that `fully_shard` wraps alone under a mixed precision policy needs
+`cast_forward_inputs=False`, since variances stay float32.
 
-No communication, forward or backward:
-    rows sharded in any leading dimension (batch, sequence): every op
-    rows sharded in d, the weight with them: approximate sites, which reduce nothing
-Gradients of replicated parameters are then pending sums (`Partial`), as with PyTorch's own norms; optimizers, gradient
-clipping, FSDP2 and `full_tensor` complete them. Other layouts are redistributed first, an exact site's rows that are
-sharded in d among them.
+Two layouts need no communication, forward or backward: rows sharded in any leading dimension (batch, sequence), for
+every op; and rows sharded in d, the weight with them, for approximate sites, which reduce nothing. Gradients of
+replicated parameters are then pending sums (`Partial`), as with PyTorch's own norms. Optimizers, gradient clipping,
+FSDP2 and `full_tensor` complete them. Rows in other layouts, such as an exact site's rows sharded in d, are
+redistributed first.
 """
 
 import functools
@@ -88,10 +87,10 @@ for _name in _OPS:
 class SequenceParallelSite(ParallelStyle):
     """For `parallelize_module`: a site computes on its shard of the sequence, without communication.
 
-    `torch.distributed.tensor.parallel.SequenceParallel` prepares the first argument alone; this prepares a site's rows,
-    residual and variance. Arguments are DTensors
-    (redistributed if they are not sharded in the sequence) or plain tensors, taken as this rank's shard; results are
-    DTensors or plain tensors accordingly. Parameters and buffers become replicated, with the values of rank 0.
+    `torch.distributed.tensor.parallel.SequenceParallel` prepares the first argument alone; this style prepares a site's
+    rows, residual and variance. DTensors are redistributed if they are not sharded in the sequence. Plain tensors are
+    taken as this rank's shard. Results are DTensors if an argument was one, and plain tensors otherwise. Parameters and
+    buffers become replicated, with the values of rank 0.
 
     Args:
         sequence_dim: the dimension of [..., d] that is sharded.

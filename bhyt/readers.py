@@ -41,6 +41,11 @@ def decoder_readers(model: nn.Module) -> Dict[str, List[str]]:
 
 
 def module_of(model: nn.Module, name: str) -> nn.Module:
+    """The module of this name.
+
+    Raises:
+        ValueError: the model has none.
+    """
     try:
         return model.get_submodule(name)
     except AttributeError as error:

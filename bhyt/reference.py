@@ -1,7 +1,8 @@
-"""The formulas in plain PyTorch: the definition the kernels are tested against, in float64 if given float64.
+"""The formulas in plain PyTorch: the definition that the kernels are tested against.
 
-Each function takes what its namesake in `bhyt.functional` takes and returns the same tuple. Arithmetic is float32
-for narrower rows, as in the kernels. Autograd differentiates them like any other code.
+Each function takes the arguments of its namesake in `bhyt.functional`, with the same shapes and dtypes, and returns
+the same tuple. Arithmetic is float32 for narrower rows and float64 for float64 rows, as in the kernels. Autograd
+differentiates the functions like any other code. They check nothing: the errors are PyTorch's.
 """
 
 from typing import Optional, Tuple
@@ -30,14 +31,21 @@ def _shifted(variance: Tensor, offset: Optional[Tensor]) -> Tensor:
 
 
 def mean_square(row: Tensor) -> Tensor:
-    """v = mean(x^2) over the last dimension, [..., 1]."""
+    """v = mean(x^2) over the last dimension.
+
+    Args:
+        row: [..., d], any floating dtype.
+
+    Returns:
+        v: [..., 1] float32 (float64 for float64 rows).
+    """
     return _accumulate(row).square().mean(-1, keepdim=True)
 
 
 def forward(
     x: Tensor, weight: Optional[Tensor], lam: Tensor, kappa: float = 10.0, eps: float = 1e-6
 ) -> Tuple[Tensor, Tensor]:
-    """y = weight * tanh(a x), a = lam / (kappa sqrt(v + eps)), v = mean(x^2)."""
+    """y = weight * tanh(a x), a = lam / (kappa sqrt(v + eps)), v = mean(x^2): (y [..., d], v [..., 1])."""
     variance = mean_square(x)
     return _site(x, variance, weight, lam, kappa, eps, x.dtype), variance
 
@@ -51,14 +59,14 @@ def forward_approx(
     kappa: float = 10.0,
     eps: float = 1e-6,
 ) -> Tensor:
-    """y = weight * tanh(a x) with a from the given variance and its offset."""
+    """y [..., d] = weight * tanh(a x), with a from the given variance [..., 1] and its offset."""
     return _site(x, _shifted(variance, variance_offset), weight, lam, kappa, eps, x.dtype)
 
 
 def add_forward(
     x: Tensor, residual: Tensor, weight: Optional[Tensor], lam: Tensor, kappa: float = 10.0, eps: float = 1e-6
 ) -> Tuple[Tensor, Tensor, Tensor]:
-    """sum = x + residual, then `forward` on the sum; y in x's dtype."""
+    """sum = x + residual, then `forward` on the sum: (y in x's dtype, sum in residual's, variance [..., 1])."""
     total = residual + x
     variance = mean_square(total)
     return _site(total, variance, weight, lam, kappa, eps, x.dtype), total, variance
@@ -74,7 +82,7 @@ def add_forward_approx(
     kappa: float = 10.0,
     eps: float = 1e-6,
 ) -> Tuple[Tensor, Tensor]:
-    """sum = x + residual, then `forward_approx` on the sum; y in x's dtype."""
+    """sum = x + residual, then `forward_approx` on the sum: (y in x's dtype, sum in residual's)."""
     total = residual + x
     return _site(total, _shifted(variance, variance_offset), weight, lam, kappa, eps, x.dtype), total
 
@@ -98,7 +106,7 @@ def forward_quantized(
     kappa: float = 10.0,
     eps: float = 1e-6,
 ) -> Tuple[Tensor, Tensor]:
-    """q = saturate(round_half_even(y / scale) + zero_point) of `forward`'s y before any rounding."""
+    """q = saturate(round_half_even(y / scale) + zero_point), y that of `forward` before any rounding: (q, variance)."""
     row, variance = _accumulate(x), mean_square(x)
     y = _site(row, variance, weight, lam, kappa, eps, row.dtype)
     return _quantized(y, scale, zero_point, dtype), variance
@@ -116,7 +124,7 @@ def forward_approx_quantized(
     kappa: float = 10.0,
     eps: float = 1e-6,
 ) -> Tensor:
-    """q of `forward_approx`'s y before any rounding."""
+    """q [..., d] as in `forward_quantized`, y that of `forward_approx` before any rounding."""
     row = _accumulate(x)
     y = _site(row, _shifted(variance, variance_offset), weight, lam, kappa, eps, row.dtype)
     return _quantized(y, scale, zero_point, dtype)
@@ -133,7 +141,7 @@ def add_forward_quantized(
     kappa: float = 10.0,
     eps: float = 1e-6,
 ) -> Tuple[Tensor, Tensor, Tensor]:
-    """sum = x + residual, then `forward_quantized` on the sum."""
+    """sum = x + residual, then `forward_quantized` on the sum: (q, sum, variance)."""
     total = residual + x
     q, variance = forward_quantized(total, weight, lam, scale, zero_point, dtype, kappa, eps)
     return q, total, variance
@@ -152,7 +160,7 @@ def add_forward_approx_quantized(
     kappa: float = 10.0,
     eps: float = 1e-6,
 ) -> Tuple[Tensor, Tensor]:
-    """sum = x + residual, then `forward_approx_quantized` on the sum."""
+    """sum = x + residual, then `forward_approx_quantized` on the sum: (q, sum)."""
     total = residual + x
     return forward_approx_quantized(
         total, variance, variance_offset, weight, lam, scale, zero_point, dtype, kappa, eps

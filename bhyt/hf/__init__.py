@@ -7,8 +7,8 @@
     AutoModelForCausalLM.from_pretrained("folder")    # with trust_remote_code=True also where nothing was imported
 
 For every family in `FAMILIES`: decoders whose layers have `input_layernorm`, `self_attn`, `post_attention_layernorm`
-and `mlp`, in this order, with plain residual adds around attention and MLP. Parameter names stay; each site adds `lam`, an
-approximate one `variance_offset`.
+and `mlp`, in this order, with plain residual adds around attention and MLP. Parameter names stay. Each site adds `lam`,
+and each approximate site adds `variance_offset`.
 """
 
 from bhyt.hf.conversion import convert, refresh

@@ -26,7 +26,20 @@ def strict(cls: Any) -> Any:
 
 @dataclass(repr=False, eq=False, kw_only=True)
 class SiteFields:
-    """The fields that a BHyT model's config has more than its base's; see `bhyt.hf.convert`. Names are the authors'."""
+    """The fields that a BHyT model's config adds to its base's. Names are the authors'; `bhyt.hf.convert` sets them.
+
+    Attributes:
+        norm_type: "bhyt" or "bhytline": exact first and approximate second sites. "bhytstar": both exact.
+        input_layer_lam: initial lam of a layer's first site.
+        post_layer_lam: initial lam of a layer's second site.
+        last_layer_lam: above 0, and not with "bhytstar", the final norm is an exact site with this lam.
+        learnable_lam: False makes lam a buffer.
+        bhyt_kappa: kappa of every site.
+        bhyt_eps: eps of every site; None takes that of the norms.
+        seq_len: T, the sequence length that the model is built for.
+        use_gamma_var: multiply the variance that attention adds by the mean square of the first site's gain.
+        var_approx_exact_layers: so many layers, from the first on, have exact second sites too.
+    """
 
     norm_type: str = "bhyt"
     input_layer_lam: Union[int, float] = 2.0
@@ -45,7 +58,8 @@ _CheckedFields = strict(dataclass(kw_only=True)(type("_CheckedFields", (SiteFiel
 
 
 def check_types(sites: SiteFields) -> None:
-    """
+    """Check the type of every field.
+
     Raises:
         ValueError: a field of a wrong type.
     """
@@ -69,10 +83,16 @@ class BHyTConfigMixin(SiteFields):
             vars(self).update(vars(sites))
 
     def site_fields(self) -> SiteFields:
+        """The fields of the sites, by themselves."""
         return SiteFields(**{name: getattr(self, name) for name in SITE_FIELDS})
 
     @classmethod
     def from_dict(cls, config_dict: Dict[str, Any], **kwargs: Any) -> Any:
+        """As the base's.
+
+        Raises:
+            ValueError: the dictionary is the config of another model type.
+        """
         if config_dict.get("model_type", cls.model_type) != cls.model_type:
             raise ValueError(
                 f"config: expected model_type {cls.model_type}, got {config_dict['model_type']}; load that model"
@@ -81,6 +101,7 @@ class BHyTConfigMixin(SiteFields):
         return super().from_dict(config_dict, **kwargs)  # type: ignore[misc]
 
     def to_dict(self) -> Dict[str, Any]:
+        """As the base's."""
         tables.extend_imported()  # PEFT asks for this before it looks the model type up
         result: Dict[str, Any] = super().to_dict()  # type: ignore[misc]
         return result

@@ -28,15 +28,16 @@ def convert(
     exact_layers: int = 0,
     warm_start: bool = False,
 ) -> int:
-    """Turn the norms of a decoder's layers into BHyT sites, in place; its class and config become those of bhyt_*.
+    """Turn the norms of a decoder's layers into BHyT sites, in place.
 
-    The residual add behind the attention is fused into the second site. Before or after PEFT wraps the model; before
-    torch.compile, DDP and FSDP.
+    The model's class and config become those of bhyt_*. The residual add behind the attention is fused into the second
+    site. Convert before or after PEFT wraps the model, and before torch.compile, DDP and FSDP.
 
     Args:
         model: a `transformers` decoder of a family in `bhyt.hf.FAMILIES`, with or without its head.
         norm_type: "bhyt" or "bhytline": exact first and approximate second sites; "bhytstar": both exact.
-        input_layer_lam, post_layer_lam: initial lam of a layer's first and second sites.
+        input_layer_lam: initial lam of a layer's first site.
+        post_layer_lam: initial lam of a layer's second site.
         last_layer_lam: above 0, and not with "bhytstar", the final norm becomes an exact site with this lam; otherwise
             it stays what it is.
         learnable_lam: False makes lam a buffer.
@@ -101,15 +102,16 @@ def _config_of(model: nn.Module) -> Any:
 
 
 def converted_layers(model: nn.Module) -> Iterator[ConvertedLayer]:
+    """The layers of a model that have sites, in the model's order."""
     return (module for module in model.modules() if isinstance(module, ConvertedLayer))
 
 
 def refresh(model: nn.Module) -> int:
-    """Recompute every approximate site's constant from W_V, W_O and the first site's parameters, as they are now.
+    """Recompute the offset of every approximate site from W_V, W_O and the first site's parameters, as they are now.
 
-    Every so many steps of training (see `refresh_callback`), and after weights were changed by hand. Adapters, active
-    ones, count. With weights that FSDP2, tensor parallelism or DeepSpeed's ZeRO-3 have sharded, every process must call
-    it.
+    Call it every 10 to 100 steps of training (see `refresh_callback`), and after you changed weights by hand. Active
+    adapters count. With weights that FSDP2, tensor parallelism or DeepSpeed's ZeRO-3 have sharded, every process must
+    call it.
 
     Args:
         model: a converted model, as it is or wrapped (PEFT, DDP, FSDP2, torch.compile).

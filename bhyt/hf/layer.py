@@ -41,6 +41,16 @@ class ConvertedLayer(nn.Module):
             _LAYERS[base], cls._argument_names = cls, argument_names(base)
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """Run attention and MLP with the sites in front of them.
+
+        Args:
+            hidden_states: [batch, length, d], the residual stream.
+            *args: as the base's forward takes them.
+            **kwargs: as the base's forward takes them.
+
+        Returns:
+            The new stream [batch, length, d], or a tuple that begins with it, as the base returns it.
+        """
         kwargs.update(zip(self._argument_names, args))
         if self.approximate:
             more = None
@@ -75,6 +85,7 @@ class ConvertedLayer(nn.Module):
             self.offset.settle(self)
 
     def train(self, mode: bool = True) -> "ConvertedLayer":
+        """As `nn.Module.train`; the next call in eval mode looks at the weights."""
         super().train(mode)
         if self.approximate:
             self.offset.look()
@@ -123,11 +134,13 @@ def layer_class(base: Any) -> Any:
 
 
 def argument_names(layer_class: Any) -> Tuple[str, ...]:
+    """The arguments of a layer's forward behind hidden_states, in order."""
     parameters = inspect.signature(layer_class.forward).parameters.values()
     return tuple(p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD)[2:]
 
 
 def decoder_layers(model: nn.Module) -> Iterator[Any]:
+    """The modules of a model that have the four parts of a decoder layer."""
     for module in model.modules():
         if all(isinstance(getattr(module, name, None), nn.Module) for name in PARTS):
             yield module

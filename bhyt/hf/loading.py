@@ -25,7 +25,10 @@ def from_pretrained(path: Any, **options: Any) -> Any:
 
     Args:
         path: a folder, or the name of a repository on a hub.
-        options: as `AutoModelForCausalLM.from_pretrained` takes them (dtype, device_map, revision, ..).
+        **options: as `AutoModelForCausalLM.from_pretrained` takes them (dtype, device_map, revision, ..).
+
+    Returns:
+        The model, which saves as any converted model.
 
     Raises:
         ValueError: the config names no BHyT norm_type, or no seq_len for approximate sites.
@@ -57,7 +60,14 @@ def _translated(config: Any) -> Any:
 def load_authors_checkpoint(path: Any, **options: Any) -> Any:
     """A running model from the authors' config and weights; their parameter names are those of a converted model.
 
-    As `from_pretrained`, but fields that their code knows and this one does not compute raise instead of being ignored.
+    As `from_pretrained`, but fields that their code knows and bhyt does not compute raise.
+
+    Args:
+        path: a folder, or the name of a repository on a hub.
+        **options: as `AutoModelForCausalLM.from_pretrained` takes them.
+
+    Returns:
+        The model, which saves as any converted model.
 
     Raises:
         NotImplementedError: the config asks for one of them: sites in some layers only, kappa by depth, other

@@ -45,8 +45,8 @@ class BHyTModelMixin(nn.Module):
             )
         if getattr(config, "_attn_implementation", None) == "vllm" and not getattr(config, SERVED, False):
             raise RuntimeError(
-                "config: vLLM serves a BHyT model by bhyt's plugin (vllm.general_plugins), which is not at work: install bhyt"
-                " beside vLLM, leave VLLM_PLUGINS unset or name bhyt there, and leave model_impl unset"
+                "config: vLLM serves a BHyT model by bhyt's plugin (vllm.general_plugins), which is not at work:"
+                " install bhyt beside vLLM, leave VLLM_PLUGINS unset or name bhyt there, and leave model_impl unset"
             )
         super().__init__(config, *args, **kwargs)
         if any(isinstance(module, ConvertedLayer) for module in self.modules()):
@@ -61,7 +61,7 @@ class BHyTModelMixin(nn.Module):
         self._keep_in_float32()
 
     def _keep_in_float32(self) -> None:
-        """Buffers that are float32 in the file, when loaded as another dtype. transformers 4 keeps the dtype of each."""
+        """Buffers that are float32 in the file, when loaded as another dtype. transformers 4 keeps each dtype."""
         kept = getattr(self, "_keep_in_fp32_modules_strict", None)
         if isinstance(kept, set):
             buffers = [name for name, _ in self.named_buffers()]
@@ -75,10 +75,12 @@ class BHyTModelMixin(nn.Module):
             super()._init_weights(module)  # type: ignore[misc]
 
     def init_weights(self) -> None:
+        """As the base's, offsets included."""
         super().init_weights()  # type: ignore[misc]
         settle(self)
 
     def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
+        """As the base's, after offsets that are not set were computed from the weights."""
         settle(self)
         super().save_pretrained(*args, **kwargs)  # type: ignore[misc]
 
@@ -86,7 +88,16 @@ class BHyTModelMixin(nn.Module):
     def from_pretrained(
         cls, pretrained_model_name_or_path: Any = None, *args: Any, output_loading_info: bool = False, **kwargs: Any
     ) -> Any:
-        """As of the base.
+        """As the base's. Offsets that the files lack are computed from the weights.
+
+        Args:
+            pretrained_model_name_or_path: a folder, or the name of a repository on a hub.
+            *args: as the base takes them.
+            output_loading_info: also return the base's report.
+            **kwargs: as the base takes them.
+
+        Returns:
+            The model, or (model, report).
 
         Raises:
             RuntimeError: the files lack parameters of the layers, which would be new ones.

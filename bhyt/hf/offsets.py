@@ -18,7 +18,7 @@ from bhyt.modules import offset_of
 
 
 def _is_its_own(layer: Any) -> bool:
-    """Whether its weights are W_V and W_O, and its own; otherwise the offset stays what was computed before, or loaded."""
+    """Whether the layer's weights are W_V and W_O, and its own. Otherwise the offset stays as computed or loaded."""
     if torch._C._are_functorch_transforms_active() or getattr(layer, "_is_replica", False):
         return False  # a transform's, or nn.DataParallel's
     return not hasattr(active_site(layer.input_layernorm), "gain_folded") and _has_projections(layer.self_attn)
@@ -53,14 +53,16 @@ def _compute(layer: Any, adapter: Optional[str] = None) -> Tensor:
     """The offset of the layer as it is, a scalar. adapter: PEFT's, instead of those that are active.
 
     Raises:
-        RuntimeError: the first site's gain is folded (see `bhyt.fold_gain`); a weight has not been loaded (meta), is one
-            of an engine's shards, or merged with others.
+        RuntimeError: the first site's gain is folded (see `bhyt.fold_gain`); a weight has not been loaded (meta), is
+            a shard of an engine's, or is merged with others.
     """
     attention, first = layer.self_attn, active_site(layer.input_layernorm)
     if hasattr(first, "gain_folded"):
         raise RuntimeError("model: its gains are folded into W_V, of which c must not be computed; unfold it before")
     if not _has_projections(attention):
-        raise RuntimeError("model: its attention has no v_proj and o_proj, of which c is computed; load the offset instead")
+        raise RuntimeError(
+            "model: its attention has no v_proj and o_proj, of which c is computed; load the offset instead"
+        )
     with present(attention.v_proj, attention.o_proj, first):
         values = matrix_of(attention.v_proj, first.lam.dtype, adapter)
         rows = layer.config.num_key_value_heads * attention.head_dim
@@ -103,11 +105,11 @@ class LayerOffset:
         return self._current.is_fresh() and self._current.sources.same_modules()
 
     def settle(self, layer: Any) -> Optional[Tensor]:
-        """See to it that the buffer holds the offset of the layer as it is; in training, of the active adapters.
+        """Make the buffer hold the offset of the layer as it is; in training, of the active adapters.
 
         Returns:
-            [rows, 1, 1], for a batch whose rows run with adapters of their own (PEFT's adapter_names): what to add to the
-            variance, since their offsets differ from the buffer's. None otherwise.
+            For a batch whose rows run with adapters of their own (PEFT's adapter_names), the difference of their
+            offsets from the buffer's, [rows, 1, 1], to be added to the variance. None otherwise.
         """
         value = self._current
         if value is None:
@@ -193,8 +195,14 @@ class LayerOffset:
         self._note(layer, sources)
 
     def trust(self, layer: Any, known: bool = True) -> None:
-        """Take the offset in the buffer, if there is one, for that of the layer as it is: they were loaded, moved or copied
-        together. known: False where it was not before."""
+        """Take the offset in the buffer, if there is one, for that of the layer as it is.
+
+        Both were loaded, moved or copied together.
+
+        Args:
+            layer: the decoder layer.
+            known: False where the offset was not known before.
+        """
         self._values, self._current, self._rows, self._stale = {}, None, None, not known
         if active_site(layer.post_attention_layernorm).offset_is_set and _is_its_own(layer):
             self._note(layer, Sources(layer), known)

@@ -65,6 +65,7 @@ class Sources:
         return (*active_adapters(self._attention), *sites)
 
     def same_modules(self) -> bool:
+        """Whether the modules of the weights are those of before."""
         try:
             for children, pick, before in self._children:
                 if pick(children) != before:
@@ -74,9 +75,11 @@ class Sources:
         return True
 
     def same_adapters(self) -> bool:
+        """Whether the active adapters and their scalings are those of before."""
         return not self.wrapped or self.adapters == self._adapters()
 
     def same_tensors(self) -> bool:
+        """Whether the tensors are those of before, and have not been written to."""
         try:
             for place, name, identity, version, address, memory in self._tensors:
                 now = place[name]

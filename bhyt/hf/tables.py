@@ -1,7 +1,8 @@
 """What transformers and PEFT look up by a model's type or class name: a BHyT family has what its base has.
 
-The rule: every table (dictionary, list or set) of the modules below that has an entry for the base's model type gets the
-same entry for BHyT's; names and classes of models become BHyT's. tests/hf/test_hf_tables.py walks the installed versions.
+The rule: every table (dictionary, list or set) of the modules below that has an entry for the base's model type gets
+the same entry for BHyT's model type; names and classes of models become BHyT's. tests/hf/test_hf_tables.py walks the
+installed versions.
 """
 
 import sys
@@ -30,8 +31,8 @@ MODULES = (
 # Tables in them that BHyT is left out of, and why.
 LEFT_OUT = {
     "CONFIG_MAPPING_NAMES": "names modules of transformers; AutoConfig.register has an entry of its own",
-    "MODELS_WITH_INCORRECT_HUB_TOKENIZER_CLASS": "is about the base's repositories on the hub; a BHyT folder says what it"
-    " was saved with",
+    "MODELS_WITH_INCORRECT_HUB_TOKENIZER_CLASS": "is about the base's repositories on the hub; a BHyT folder names"
+    " its own",
     "MODEL_FOR_DECISION_MAPPING_NAMES": "another model's head, of which BHyT has no class",
 }
 _families: Dict[str, Any] = {}  # base's model type -> the BHyT config
@@ -99,7 +100,7 @@ def extend_imported() -> None:
 
 
 def _refuse_megatron(parsers: Dict[str, Any]) -> None:
-    """accelerate takes the first of these names that a model type contains, and builds Megatron's own model: a Llama."""
+    """accelerate takes the first of these names that a model type contains, and would build Megatron's own Llama."""
 
     def refuse(plugin: Any, model: Any, batch: Any) -> None:
         raise NotImplementedError(f"model: Megatron-LM has no {model.config.model_type}, and would train another model")

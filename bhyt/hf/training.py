@@ -9,13 +9,17 @@ from bhyt.hf.projections import active_site
 
 
 def refresh_callback(every: int = 10) -> Any:
-    """A `transformers.TrainerCallback` that refreshes the model every so many optimizer steps, before the first one, before
-    each evaluation, and after the last one (best weights may have been loaded then).
+    """Make a `transformers.TrainerCallback` that refreshes the offsets while a model trains.
 
-    A resumed run goes on with the constants that were saved, as if it had not stopped.
+    It refreshes before the first optimizer step, every so many steps, before each evaluation, and after the last step
+    (`Trainer` may have loaded the best weights then). A resumed run goes on with the offsets that were saved, as if it
+    had not stopped.
 
     Args:
         every: optimizer steps between refreshes.
+
+    Returns:
+        The callback, for `Trainer(callbacks=[..])`.
 
     Raises:
         ValueError: every is below 1.

@@ -2,7 +2,7 @@
 
     bhyt.quantization.quantize(model)        # in place, for inference
 
-|tanh| <= 1 whatever the input, so that 1/127 is a scale for every model and every text, outliers included. The products of
+|tanh| <= 1 for every input, so 1/127 is a scale for every model and every text, outliers included. The products of
 matrices are torch's: `torch._int_mm`, and `torch._scaled_mm` for float8.
 """
 

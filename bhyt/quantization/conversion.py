@@ -23,18 +23,18 @@ def quantize(
     readers: Optional[Mapping[str, Sequence[str]]] = None,
     others: Sequence[str] = _OTHERS,
 ) -> int:
-    """Turn a model with BHyT sites into an eight-bit one, in place and for good: keep the float one if it is needed.
+    """Turn a model with BHyT sites into an eight-bit model, in place. Keep the float model if you need it.
 
-    Gains are folded into the linears that read a site; these get weights of dtype with a scale per output channel, and
-    read what the site writes: y / scale, the scale 1/127 (1/448 for float8) being that of the bound, known without data.
-    `others` get the same weights, and quantise their input with a scale per row.
+    Gains are folded into the linears that read a site. These linears get weights of `dtype` with a scale per output
+    channel, and read the site's integers y / scale. The scale is 1/127 (1/448 for float8): the bound gives it, without
+    data. `others` get the same weights, and quantise their input with a scale per row.
 
-    The model is in eval mode afterwards, without gradients, and refuses to run in training mode. It compiles, exports
-    and is saved as any other: a state dict loads into a model that was quantised in the same way, whatever weights it
-    had then; a `transformers` model remembers it in its config, so that from_pretrained loads it as what it is.
+    Afterwards the model is in eval mode, without gradients, and refuses to run in training mode. It compiles, exports
+    and is saved like any other model. A state dict loads into a model that was quantised in the same way, with any
+    weights. A `transformers` model notes the quantisation in its config, so from_pretrained loads an eight-bit model.
 
     Args:
-        model: `bhyt.hf.convert`ed, or with sites used by hand. Its weights may have been loaded or not.
+        model: converted by `bhyt.hf.convert`, or with sites used by hand.
         dtype: int8, or float8_e4m3fn on CUDA devices whose matrix products take it (compute capability 8.9 and newer).
         readers: as for `bhyt.fold_gain`: for each site by name, the names of all linears that read it. None: by the
             names of Llama's modules.
@@ -67,8 +67,20 @@ def quantize(
     return _install(model, pairs, linears, others, dtype, readers)
 
 
-def quantized_as(model: nn.Module, dtype: str, readers: Optional[Mapping[str, Sequence[str]]], others: List[str]) -> None:
-    """What `quantize` recorded in a config, done to a model that is about to load such weights."""
+def quantized_as(
+    model: nn.Module, dtype: str, readers: Optional[Mapping[str, Sequence[str]]], others: List[str]
+) -> None:
+    """Do to a model that is about to load eight-bit weights what `quantize` noted in its config.
+
+    Args:
+        model: with BHyT sites, its weights not loaded yet.
+        dtype: "int8" or "float8_e4m3fn".
+        readers: as for `quantize`.
+        others: as for `quantize`.
+
+    Raises:
+        ValueError: as from `quantize`.
+    """
     pairs = decoder_readers(model) if readers is None else readers
     kind = getattr(torch, dtype)
     _install(model, pairs, _checked(model, pairs, others, kind), others, kind, readers)
@@ -85,7 +97,8 @@ def _install(
         if site_name is None:
             made[name] = QuantizedLinear(linear, dtype)
         else:
-            made[name] = QuantizedLinear(linear, dtype, scale, module_of(model, site_name).weight)  # type: ignore[arg-type]
+            site: Any = module_of(model, site_name)
+            made[name] = QuantizedLinear(linear, dtype, scale, site.weight)
     config: Any = getattr(model, "config", None)
     embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
     tied = any(id(module_of(model, name).weight) in embeddings for name in made)
@@ -94,7 +107,7 @@ def _install(
         owner, _, last = name.rpartition(".")
         setattr(module_of(model, owner), last, quantized.train(False))
     for name in pairs:
-        site: Any = module_of(model, name)
+        site = module_of(model, name)
         site.__class__ = _QUANTIZED[type(site)]
         site.weight, site.gain_folded, site.quantized_dtype, site.scale = None, True, dtype, scale
     model.eval().requires_grad_(False)

@@ -50,13 +50,10 @@ def _product(q: Tensor, weight: Tensor) -> Tensor:
 class QuantizedLinear(nn.Module):
     """y = x W^T + bias with W in eight bits, one scale per output channel. For inference; made by `quantize`.
 
-    x is [..., in_features]: what a quantised site writes, or any floating dtype, quantised here with a scale per row; y
-    has the dtype of the linear it was, or x's.
-
     Args:
-        linear: whose place it takes.
+        linear: the linear to replace.
         dtype: int8 or float8_e4m3fn.
-        input_scale: of the integers that it reads; None: x is floating.
+        input_scale: of the integers that a site writes; None: x is floating, and quantised here with a scale per row.
         gain: [in_features], multiplied into the columns of W; None: 1.
 
     Attributes:
@@ -82,6 +79,19 @@ class QuantizedLinear(nn.Module):
         self.register_buffer("bias", None if linear.bias is None else linear.bias.detach().clone())
 
     def forward(self, x: Tensor) -> Tensor:
+        """Multiply and add the bias.
+
+        Args:
+            x: [..., in_features], integers of the site's dtype where `input_scale` is given, otherwise any floating
+                dtype.
+
+        Returns:
+            y: [..., out_features] in the dtype of the linear that this module replaced where `input_scale` is given,
+                otherwise in x's dtype.
+
+        Raises:
+            TypeError: x has not the dtype that the site writes.
+        """
         if self.input_scale is None:
             rows, row_scale = _quantized_rows(x.reshape(-1, self.in_features), self.weight.dtype)
             y = (_product(rows, self.weight) * self.weight_scale).mul_(row_scale)
@@ -105,5 +115,6 @@ class QuantizedLinear(nn.Module):
         return self
 
     def extra_repr(self) -> str:
+        """Sizes, dtype and what the linear reads."""
         reads = "floating rows" if self.input_scale is None else f"integers of scale {self.input_scale:.4g}"
         return f"{self.in_features}, {self.out_features}, {self.weight.dtype}, reads {reads}"

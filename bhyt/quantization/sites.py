@@ -19,7 +19,9 @@ class QuantizedSite(nn.Module):
     def _check(self, x: Tensor) -> None:
         _check_rows(x, self.hidden_size)
         if self.training:
-            raise RuntimeError("BHyT: quantised for inference, it has no gradients; train the float model, or call eval()")
+            raise RuntimeError(
+                "BHyT: quantised for inference, it has no gradients; train the float model, or call eval()"
+            )
         if x.is_nested:
             raise NotImplementedError("BHyT: a quantised site takes no nested tensors")
 
@@ -28,7 +30,14 @@ class QuantizedSite(nn.Module):
 
 
 class QuantizedBHyT(QuantizedSite, BHyT):
-    """An exact site that hands its linears eight bits; made by `quantize`."""
+    """An exact site whose y is in eight bits: `bhyt.functional.forward_quantized`. Made by `quantize`.
+
+    Calls take and return what those of `bhyt.BHyT` do, y being q of `quantized_dtype` with the scale `scale`.
+
+    Raises:
+        RuntimeError: called in training mode.
+        NotImplementedError: called with nested tensors.
+    """
 
     def _run(self, x: Tensor, residual: Optional[Tensor], return_variance: bool) -> Any:
         self._check(x)
@@ -41,7 +50,14 @@ class QuantizedBHyT(QuantizedSite, BHyT):
 
 
 class QuantizedBHyTApprox(QuantizedSite, BHyTApprox):
-    """An approximate site that hands its linears eight bits; made by `quantize`."""
+    """An approximate site whose y is in eight bits: `bhyt.functional.forward_approx_quantized`. Made by `quantize`.
+
+    Calls take and return what those of `bhyt.BHyTApprox` do, y being q of `quantized_dtype` with the scale `scale`.
+
+    Raises:
+        RuntimeError: called in training mode, or before the offset was set.
+        NotImplementedError: called with nested tensors.
+    """
 
     def _run(self, x: Tensor, variance: Tensor, residual: Optional[Tensor]) -> Any:
         self._check(x)

@@ -1,7 +1,7 @@
 """Offsets of a model that an engine runs: they come with the weights, or are computed from them as they pass by.
 
-An engine merges q, k and v, shards them, and packs them as its kernels like them: an offset cannot be computed from what is
-in the model then. Whatever is in doubt is an error of one line.
+An engine merges q, k and v, shards them, and packs them for its kernels. Then no offset can be computed from the
+weights in the model. Every doubtful case is an error of one line.
 """
 
 import re
@@ -23,12 +23,15 @@ Weights = Iterable[Tuple[str, Tensor]]
 def check_config(config: Any, lora: bool) -> None:
     """Refuse what would be computed wrong."""
     if getattr(config, "bhyt_quantization", None):
-        raise ValueError("model: the 8-bit linears of bhyt.quantization are not served; serve the model that was quantised")
+        raise ValueError(
+            "model: the 8-bit linears of bhyt.quantization are not served; serve the model that was quantised"
+        )
     exact = config.norm_type == "bhytstar" or config.var_approx_exact_layers >= config.num_hidden_layers
     if lora and not exact:
         raise ValueError(
-            "enable_lora: an adapter on v_proj or o_proj has variance offsets of its own, and would be run with its base's;"
-            " merge it (PEFT's merge_and_unload), save the model and serve that, or train with norm_type='bhytstar'"
+            "enable_lora: an adapter on v_proj or o_proj has variance offsets of its own, and would be run with its"
+            " base's; merge it (PEFT's merge_and_unload), save the model and serve that, or train with"
+            " norm_type='bhytstar'"
         )
 
 
@@ -36,10 +39,18 @@ class LoadedOffset(LayerOffset):
     """An offset that stays as it was loaded."""
 
     def settle(self, layer: Any) -> Optional[Tensor]:
+        """Do nothing: there is nothing to look at."""
         return None
 
     def refresh(self, layer: Any) -> None:
-        raise RuntimeError("model: it is served, and its offsets are those that it was loaded with; load all weights anew")
+        """Refuse.
+
+        Raises:
+            RuntimeError: always.
+        """
+        raise RuntimeError(
+            "model: it is served, and its offsets are those that it was loaded with; load all weights anew"
+        )
 
 
 def keep_loaded(model: nn.Module) -> None:
@@ -61,6 +72,7 @@ class Loading:
         }
 
     def watch(self, weights: Weights) -> Iterator[Tuple[str, Tensor]]:
+        """Pass the weights on, each (name, tensor) as it is, and keep what the offsets need of them."""
         for name, tensor in weights:
             found = re.search(r"\blayers\.(\d+)\.(.+)$", name)
             if found and int(found[1]) in self._layers:
@@ -119,8 +131,8 @@ class _Layer:
             site.set_variance_offset(offset_of(gain, first))
         elif _OFFSET not in self._seen and (not site.offset_is_set or self._seen & self._sources):
             raise ValueError(
-                f"weights: layers.{number}.{_OFFSET} is not among them, nor are v_proj and o_proj as floating-point matrices,"
-                " of which it is computed; load what save_pretrained saves, all of it"
+                f"weights: layers.{number}.{_OFFSET} is not among them, nor are v_proj and o_proj as floating-point"
+                " matrices, of which it is computed; load what save_pretrained saves, all of it"
             )
         site.offset_is_set = False
         site.has_variance_offset()  # looks at the buffer, which cannot be done while a graph is captured

@@ -18,7 +18,7 @@
 // Storage of one byte is only written: integer8 takes the lowest bits of a lane, float8 takes a number.
 //
 // Why not Highway or at::vec: which operand's NaN a minimum returns, how ties are rounded, and single instructions per
-// element are what these kernels promise (docs/SPEC.md section 3, benchmarks/README.md). A portable layer promises none
+// element are what these kernels promise (docs/numbers.md, benchmarks/README.md). A portable layer promises none
 // of the three, and would still leave the pairs of vec_pair-inl.h to be written here. To be looked at again for SVE or
 // RVV.
 

@@ -31,7 +31,7 @@ Tensor quantize(const Tensor& y, const Quantized& to) {
   return scaled.round().nan_to_num(0).clamp(lowest, lowest + 255) + to.zero_point;
 }
 
-// The terms both backward formulas share, in SPEC names:
+// The terms both backward formulas share, in the names of docs/mathematics.md:
 //   t = tanh(a x),  g = grad_y weight (1 - t^2),  S = sum_i g_i x_i,  scale = a / lam
 struct Terms {
   Tensor row, t, g, S, scale, a;
@@ -68,7 +68,8 @@ Outputs Composite::forward_into(const Site& s) {
   Site plain = s;
   plain.into.reset();
   const Outputs made = call_op(plain);
-  for (const auto& [to, from] : {std::pair(s.into->y, made.y), {s.into->sum, made.sum}, {s.into->variance, made.variance}})
+  for (const auto& [to, from] :
+       {std::pair(s.into->y, made.y), {s.into->sum, made.sum}, {s.into->variance, made.variance}})
     if (from.defined()) to.copy_(from);
   return *s.into;
 }

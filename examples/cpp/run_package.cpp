@@ -2,7 +2,8 @@
 //
 //   run_package MODEL.pt2 INPUTS.pt OUTPUTS.pt
 //
-// MODEL.pt2: torch._inductor.aoti_compile_and_package. INPUTS.pt: torch.save of a list of tensors. Writes the list of outputs, for torch.load.
+// MODEL.pt2: torch._inductor.aoti_compile_and_package. INPUTS.pt: torch.save of a list of tensors.
+// Writes the list of outputs, for torch.load.
 #include <torch/csrc/inductor/aoti_package/model_package_loader.h>
 #include <torch/serialize.h>
 

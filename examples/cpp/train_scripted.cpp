@@ -2,7 +2,8 @@
 //
 //   train_scripted MODEL.pt TOKENS.pt RESULTS.pt
 //
-// MODEL.pt: torch.jit.save of a model [B, T] int64 -> logits [B, T, vocab]. TOKENS.pt: torch.save of {"tokens": [B, T + 1]}.
+// MODEL.pt: torch.jit.save of a model [B, T] int64 -> logits [B, T, vocab].
+// TOKENS.pt: torch.save of {"tokens": [B, T + 1]}.
 // Writes {"logits", "loss", "grad.<parameter>" before the step, "<parameter>" after it}, for torch.load.
 #include <torch/optim/sgd.h>
 #include <torch/script.h>

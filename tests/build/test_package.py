@@ -90,7 +90,7 @@ def test_no_python_in_the_op_library() -> None:
 
 
 def test_schemas() -> None:
-    """The six schemas of SPEC.md section 2, and nothing that mutates or aliases."""
+    """The schemas of docs/ops.md, and nothing that mutates or aliases."""
     for name in OPS:
         schema = getattr(torch.ops.bhyt, name).default._schema
         assert not schema.is_mutable and all(
@@ -164,7 +164,7 @@ def test_import_needs_no_gpu_and_no_extras(tmp_path: Path) -> None:
 
 
 def test_names() -> None:
-    """The surface that scripts may rely on (SPEC.md section 6)."""
+    """The surface that scripts may rely on (docs/api)."""
     assert set(bhyt.__all__) >= {"BHyT", "BHyTApprox", "attention_gain", "functional", "reference"}
     for name in OPS[:4]:
         assert getattr(bhyt.functional, name).__doc__ and callable(getattr(bhyt.reference, name))

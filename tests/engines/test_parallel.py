@@ -7,6 +7,7 @@ ordered differently, and that is all: 1e-12 of a tensor's norm is 5000 roundings
 import copy
 from collections import OrderedDict
 from dataclasses import replace
+from pathlib import Path
 from typing import Optional
 
 import torch
@@ -20,6 +21,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, PrepareModuleInpu
 
 import bhyt
 import bhyt.parallel
+from support.pages import blocks, run_page
 from support.processes import assert_same, assert_same_gradients, processes, whole
 from support.packages import needs
 
@@ -247,3 +249,9 @@ def test_fsdp2_with_tensor_and_sequence_parallel() -> None:
     assert_same(mean_over_ranks(loss), expected, "loss")
     assert_same_gradients(model, reference)
     assert_same_step(model, reference)
+
+
+def test_page(tmp_path: Path) -> None:
+    """The program of docs/parallel.md runs on two processes, and its assertion holds."""
+    assert len(blocks("docs/parallel.md")) == 2, "the page has lost its blocks"
+    run_page("docs/parallel.md", tmp_path)

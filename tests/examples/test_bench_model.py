@@ -51,7 +51,7 @@ def tokens(length: int = PRESET.length, batch: int = PRESET.batch) -> Tensor:
 
 
 def logits_by_hand(name: str, base: nn.Module, ids: Tensor) -> Tensor:
-    """The formulas in float64 around the attention and MLP of the unchanged model; SPEC.md sections 1 and 5."""
+    """The formulas in float64 around the attention and MLP of the unchanged model; docs/mathematics.md."""
     body, config = base.model, base.config
     d = config.hidden_size
 

@@ -11,6 +11,8 @@ import pytest
 from support.packages import needs
 from support.paths import BENCHMARKS
 
+sys.path.insert(0, str(BENCHMARKS))  # as for a script there, which may import its neighbours
+
 
 def load(name):
     """A script of benchmarks/ as a module; none of them needs to be installed."""
@@ -223,6 +225,36 @@ def test_readme_tables_check_and_write(readme, capsys):
     assert module.main([*where, "--check"]) == 0
     (folder / "README.md").write_text(after.replace("2.50x", "3.50x"))  # by hand
     assert module.main([*where, "--check"]) == 1
+
+
+def test_a_table_says_that_it_is_older_than_the_code(tmp_path):
+    """A commit's result is stale once a file that it measures differs, committed or not; other files do not count."""
+    module = load("staleness")
+
+    def git(*arguments):
+        done = subprocess.run(["git", "-C", tmp_path, *arguments], capture_output=True, text=True, check=True)
+        return done.stdout.strip()
+
+    (tmp_path / "kernels").mkdir()
+    (tmp_path / "kernels" / "rows.h").write_text("1")
+    git("init", "-q")
+    git("add", "-A")
+    git("-c", "user.name=a", "-c", "user.email=a@b", "commit", "-qm", "measured")
+    commit = git("rev-parse", "--short=12", "HEAD")
+    (tmp_path / "page.md").write_text("other")
+    assert module.changed_since(commit, ("kernels",), tmp_path) is False
+    (tmp_path / "kernels" / "rows.h").write_text("2")
+    assert module.changed_since(commit, ("kernels",), tmp_path) is True
+    assert module.changed_since("0" * 12, ("kernels",), tmp_path) is None
+    assert module.changed_since(None, ("kernels",), tmp_path) is None
+
+
+def test_every_result_names_code_that_exists():
+    module = load("staleness")
+    for benchmark in ("cpu", "overhead", "compile", "model", "quantized", "quantized-accuracy", "quantized-profile"):
+        for environment in ({"gpu": "a GPU"}, {}):
+            paths = module.sources({"benchmark": benchmark, "environment": environment})
+            assert all((module.REPOSITORY / path).exists() for path in paths), paths
 
 
 @pytest.mark.parametrize("text", ["<!-- table:gone -->\n<!-- /table:gone -->\n", "<!-- table:cpu -->\n"])

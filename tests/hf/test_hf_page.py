@@ -1,4 +1,4 @@
-"""The blocks of docs/huggingface.md, README.md and docs/usage.md, in order, in one folder each."""
+"""The blocks of docs/huggingface.md, README.md, docs/usage.md and docs/diagnostics.md, in order, in one folder each."""
 
 from pathlib import Path
 
@@ -32,11 +32,11 @@ def test_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_blocks_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The Python of README.md and docs/usage.md, each page's blocks one after another."""
+    """The Python of README.md, docs/usage.md and docs/diagnostics.md, each page's blocks one after another."""
     monkeypatch.chdir(tmp_path)
-    for page in ("README.md", "docs/usage.md"):
+    for page, number in (("README.md", 2), ("docs/usage.md", 2), ("docs/diagnostics.md", 1)):
         python = [code for language, _, code in blocks(page) if language == "python"]
-        assert len(python) == 2, page
+        assert len(python) == number, page
         names: dict = {}
         for code in python:
             exec(compile(code, page, "exec"), names)

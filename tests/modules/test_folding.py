@@ -67,7 +67,7 @@ READERS = {"site": ["a", "b"]}
 def test_rounding(dtype: torch.dtype, gain_dtype: torch.dtype) -> None:
     """By name, any model. Each product is rounded once to the linear's dtype: 0.5 ulp, and 2^-14 for a second rounding
     from float32 where the gain is wider. Outputs are within what follows of W gamma t in float64: u for the product,
-    SPEC.md's ulps for t, d float32 roundings of the sum, u for the result; and 5 % for their products."""
+    numbers.md's ulps for t, d float32 roundings of the sum, u for the result; and 5 % for their products."""
     model = Pair(dtype, gain_dtype)
     exact = copy.deepcopy(model).double()
     x = torch.randn(16, D, dtype=dtype)
@@ -82,7 +82,7 @@ def test_rounding(dtype: torch.dtype, gain_dtype: torch.dtype) -> None:
             assert linear.weight.dtype == dtype and ulp_error(linear.weight, product) <= 0.5 + 2**-14
         assert same_bits(model.a.bias, bias)
         u = torch.finfo(dtype).eps / 2
-        y_ulp = 6.0 if dtype == torch.float32 else 0.55  # SPEC.md section 3; an ulp is at most 2 u
+        y_ulp = 6.0 if dtype == torch.float32 else 0.55  # docs/numbers.md; an ulp is at most 2 u
         bound = 1.05 * (u + 2 * y_ulp * u + D * torch.finfo(torch.float32).eps) * magnitude + u * expected.abs()
         assert ((model(x).double() - expected).abs() <= bound).all()
 

@@ -1,4 +1,4 @@
-"""bhyt.attention_gain: c = ||W_V W_O||_F^2 / (T d), with grouped-query attention (SPEC.md section 1)."""
+"""bhyt.attention_gain: c = ||W_V W_O||_F^2 / (T d), with grouped-query attention (docs/mathematics.md)."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""bhyt.BHyT and bhyt.BHyTApprox: the surface of SPEC.md section 6."""
+"""bhyt.BHyT and bhyt.BHyTApprox: the surface of docs/api/modules.md."""
 
 import copy
 import io
@@ -33,7 +33,7 @@ def run(site: Site, x: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("kind", SITES)
 def test_construction(kind: type) -> None:
-    """Defaults and every option of SPEC.md section 6; dtype and device are those of weight and lam."""
+    """Defaults and every option of docs/api/modules.md; dtype and device are those of weight and lam."""
     site = kind(D)
     assert isinstance(site.weight, nn.Parameter) and torch.equal(site.weight, torch.ones(D))
     assert isinstance(site.lam, nn.Parameter) and torch.equal(site.lam, torch.ones(1))

@@ -1,4 +1,4 @@
-"""Errors against float64 on the same (already rounded) inputs: SPEC.md section 3, first bullet."""
+"""Errors against float64 on the same (already rounded) inputs: docs/numbers.md, first bullet."""
 
 from dataclasses import replace
 
@@ -33,7 +33,7 @@ def sizes_call(form: str, d: int, dtype: torch.dtype, device: str, rows: int = 5
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("form", FORMS)
 def test_every_size_of_row(form: str, dtype: torch.dtype, device: str) -> None:
-    """Outputs and gradients at SPEC.md's numbers for d from 1 to 3584. USERS row 7."""
+    """Outputs and gradients at numbers.md's numbers for d from 1 to 3584. USERS row 7."""
     for d in SIZES:
         check_against_truth(sizes_call(form, d, dtype, device))
 
@@ -41,7 +41,7 @@ def test_every_size_of_row(form: str, dtype: torch.dtype, device: str) -> None:
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
 @pytest.mark.parametrize("form", FORMS)
 def test_very_long_rows(form: str, dtype: torch.dtype, device: str) -> None:
-    """d = 131072 (and one less, which no vector divides), both directions, at SPEC.md's numbers. USERS row
+    """d = 131072 (and one less, which no vector divides), both directions, at numbers.md's numbers. USERS row
     8."""
     for d in (131071, 131072):
         check_against_truth(sizes_call(form, d, dtype, device, rows=2))
@@ -50,14 +50,14 @@ def test_very_long_rows(form: str, dtype: torch.dtype, device: str) -> None:
 @pytest.mark.parametrize("dtype", (torch.float32, torch.float16, torch.bfloat16), ids=str)
 @pytest.mark.parametrize("form", FORMS)
 def test_many_rows(form: str, dtype: torch.dtype, device: str) -> None:
-    """Tensors beyond a core's own caches, for which the CPU has loops of its own: outputs and gradients at SPEC.md's
+    """Tensors beyond a core's own caches, for which the CPU has loops of its own: outputs and gradients at numbers.md's
     numbers, a gradient of the sum included."""
     check_against_truth(sizes_call(form, 1536, dtype, device, rows=300))
 
 
 @pytest.mark.parametrize("d", (1536, 131072))
 def test_long_constant_rows(d: int, device: str) -> None:
-    """A constant row rounds the same way at every addition of mean(x^2): y stays within SPEC.md's ulps all
+    """A constant row rounds the same way at every addition of mean(x^2): y stays within numbers.md's ulps all
     the same."""
     for value in (0.1, 0.3, 1.7, 1e-3):
         call = replace(
@@ -71,7 +71,7 @@ def test_long_constant_rows(d: int, device: str) -> None:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("rows, lam, kappa", STRESSES)
 def test_stressed_rows(rows: str, lam: float, kappa: float, dtype: torch.dtype, device: str) -> None:
-    """SPEC.md's numbers where the statistic, the argument of tanh or the gradient is under stress, for all
+    """numbers.md's numbers where the statistic, the argument of tanh or the gradient is under stress, for all
     forms."""
     for form in FORMS:
         check_against_truth(make_call(form, (64, 384), dtype, device, rows=rows, lam=lam, kappa=kappa))
@@ -140,7 +140,7 @@ def test_parameter_gradients_do_not_drift(device: str) -> None:
 
 @pytest.mark.parametrize("form", FORMS)
 def test_truth_is_the_derivative_of_the_formula(form: str) -> None:
-    """The closed derivatives of truth.py (SPEC.md section 1) are those of bhyt.reference in float64: to
+    """The closed derivatives of truth.py (docs/mathematics.md) are those of bhyt.reference in float64: to
     1e-13."""
     call = make_call(form, (3, 17), torch.float64, weight=torch.float64, lam_dtype=torch.float64)
     upstream = make_upstream(call)

@@ -1,4 +1,4 @@
-"""Every mix of dtypes in one fused call, each right and each with the dtypes that SPEC.md section 2
+"""Every mix of dtypes in one fused call, each right and each with the dtypes that docs/ops.md
 states."""
 
 from dataclasses import replace

@@ -1,5 +1,4 @@
-"""Wrong input is a Python error that names the argument, what was expected and what was given (SPEC.md
-section 3)."""
+"""Wrong input is a Python error that names the argument, what was expected and what was given (docs/numbers.md)."""
 
 from dataclasses import replace
 from typing import Any, Dict, List, NamedTuple, Tuple

@@ -1,4 +1,4 @@
-"""More than 2^31 elements (SPEC.md section 3, "64-bit indexing")."""
+"""More than 2^31 elements (docs/numbers.md, "64-bit indexing")."""
 
 from typing import Tuple
 

@@ -1,5 +1,4 @@
-"""Strides, offsets, ranks and sizes: the answer never depends on how a tensor lies in memory (SPEC.md section
-3)."""
+"""Strides, offsets, ranks and sizes: the answer never depends on how a tensor lies in memory (docs/numbers.md)."""
 
 from dataclasses import replace
 from typing import Callable, Dict, Optional, Tuple

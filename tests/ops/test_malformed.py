@@ -22,7 +22,7 @@ from support.paths import TESTS
 LONG = "BHYT_EXAMPLES" in os.environ
 EXAMPLES = int(os.environ.get("BHYT_EXAMPLES", "300"))
 OPS = (*FORMS, "backward", "backward_approx")
-# What SPEC.md section 2 forbids of any tensor, and of the numbers: the error is ours and names the argument.
+# What docs/ops.md forbids of any tensor, and of the numbers: the error is ours and names the argument.
 FORBIDDEN: Dict[str, Callable[[Tensor], Any]] = {
     **{
         str(dtype): lambda t, dtype=dtype: t.to(dtype)
@@ -209,7 +209,7 @@ def try_malformed(number: int) -> bool:
 
 def test_malformed_calls() -> None:
     """Thousands of calls of all six ops with one or two arguments wrong or unusual: each raises, naming the
-    argument where SPEC.md forbids what it was given, or is right; no input changes, and no call ends the process.
+    argument where docs/ops.md forbids what it was given, or is right; no input changes, and no call ends the process.
     USERS rows 6 and 17."""
     count = 10 * EXAMPLES
     start = random.SystemRandom().randrange(10**9) if LONG else 0

@@ -1,4 +1,4 @@
-"""NaN, infinity, zero, tiny and saturated rows (SPEC.md section 3, "Non-finite")."""
+"""NaN, infinity, zero, tiny and saturated rows (docs/numbers.md, "Non-finite")."""
 
 from dataclasses import replace
 

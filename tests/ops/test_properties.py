@@ -93,7 +93,7 @@ def upstreams(draw: st.DrawFn, call: Call) -> Outputs:
 
 def magnitudes(call: Call, upstream: Outputs) -> Dict[str, Tensor]:
     """The sums that make up each gradient, with every term positive: what an error is relative to where terms
-    cancel, as they do in short rows. In SPEC.md's names, and like its derivatives float64.
+    cancel, as they do in short rows. In docs/mathematics.md's names, and like its derivatives float64.
 
     sech^2 turns a relative error of its argument z into 2|z| of its own: beyond |z| = 4 its terms count |z| / 4 times.
     """
@@ -116,7 +116,7 @@ def magnitudes(call: Call, upstream: Outputs) -> Dict[str, Tensor]:
 
 
 def assert_gradient(name: str, grad: Tensor, true: Tensor, magnitude: Tensor, accumulate: torch.dtype) -> None:
-    """SPEC.md's relative L2 error, per row where there are rows, relative to the magnitude of the terms; a
+    """docs/numbers.md's relative L2 error, per row where there are rows, relative to the magnitude of the terms; a
     narrower dtype than that of the arithmetic adds 1.1x its own rounding. Below the smallest normal number of
     the arithmetic nothing is promised.
     """
@@ -149,7 +149,7 @@ def buffers(call: Call, upstream: Outputs) -> Sequence[Tensor]:
 )
 @given(data=st.data())
 def test_random_calls(device: str, data: st.DataObject) -> None:
-    """Any call within SPEC.md's numbers against float64: every output, and the gradients of any subset of inputs
+    """Any call within docs/numbers.md's bounds against float64: every output, and the gradients of any subset of inputs
     given those of any subset of outputs; without a graph the same bits; no input written. USERS rows 6, 7, 10,
     11, 16 and 17."""
     call = data.draw(calls(device))

@@ -1,4 +1,4 @@
-"""The quantised forward ops (SPEC.md section 7): the integers of float64 arithmetic, and what holds of the six ops beside."""
+"""The quantised forward ops (docs/ops.md): the integers of float64 arithmetic, and what holds of the six ops beside."""
 
 from dataclasses import dataclass, replace
 from typing import Any, Tuple

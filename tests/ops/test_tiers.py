@@ -1,6 +1,6 @@
 """Every CPU instruction set: the tests marked `every_tier`, each in a process whose tier is forced.
 
-They assert SPEC.md section 3 against float64; USERS rows 7, 8, 11, 13, 14, 15, 17 and 18 for every tier. And which tier
+They assert docs/numbers.md against float64; USERS rows 7, 8, 11, 13, 14, 15, 17 and 18 for every tier. And which tier
 a call gets.
 """
 
@@ -31,7 +31,7 @@ def in_tier(tier: str, *command: str) -> subprocess.CompletedProcess:
 @pytest.mark.slow
 @pytest.mark.parametrize("tier", TIERS)
 def test_tier(tier: str) -> None:
-    """The error targets, determinism and non-finite rules of SPEC.md section 3 hold with this instruction
+    """The error targets, determinism and non-finite rules of docs/numbers.md hold with this instruction
     set."""
     if TIERS[tier] == torch.backends.cpu.get_cpu_capability():
         pytest.skip(f"{tier} is what this process runs: the tests marked every_tier cover it here")

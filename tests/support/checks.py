@@ -12,7 +12,7 @@ from support.tolerances import assert_grads, assert_variance, assert_y
 
 
 def check_against_truth(call: Call, upstream: Optional[Outputs] = None) -> Tuple[Outputs, Dict[str, Tensor]]:
-    """Every output and every gradient of `call` within SPEC.md's numbers; returns them.
+    """Every output and every gradient of `call` within numbers.md's numbers; returns them.
 
     Each gradient has the dtype and shape of its tensor.
     """

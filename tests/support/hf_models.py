@@ -59,7 +59,7 @@ def c_by_hand(layer: nn.Module, seq_len: int = 32) -> Tensor:
 
 
 def logits_by_hand(model: nn.Module, tokens: Tensor, eps: float = 1e-6, cache: Any = None) -> Tensor:
-    """SPEC.md section 1 for a float64 model, with its own attention and MLP; tokens follow those in the cache."""
+    """docs/mathematics.md for a float64 model, with its own attention and MLP; tokens follow those in the cache."""
     config, body = model.config, model.model
 
     def site(x: Tensor, variance: Tensor, norm: nn.Module) -> Tensor:

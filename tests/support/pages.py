@@ -12,13 +12,13 @@ from pathlib import Path
 from typing import List, Tuple
 
 ROOT = Path(__file__).resolve().parents[2]
-BLOCK = re.compile(r"^```(python|bash)( \S+)?\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+BLOCK = re.compile(r"^```(python|bash)(?: title=\"(\S+)\")?\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 BASH = ["bash", "-euo", "pipefail", "-c"]
 
 
 def blocks(page: str) -> List[Tuple[str, str, str]]:
     """(language, file name or nothing, code) of each."""
-    return [(language, name.strip(), code) for language, name, code in BLOCK.findall((ROOT / page).read_text())]
+    return [(language, name, code) for language, name, code in BLOCK.findall((ROOT / page).read_text())]
 
 
 def run(command: List[str], folder: Path) -> str:

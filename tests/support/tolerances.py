@@ -1,6 +1,6 @@
-"""The numbers of SPEC.md section 3, and the measures they are stated in.
+"""The numbers of docs/numbers.md, and the measures they are stated in.
 
-Truth is always float64 arithmetic on the inputs as they were already rounded (see truth.py). Where SPEC.md
+Truth is always float64 arithmetic on the inputs as they were already rounded (see truth.py). Where numbers.md
 has no number of its own, the constant says what it is derived from.
 """
 
@@ -80,7 +80,7 @@ def rounding_error(true: Tensor, dtype: torch.dtype) -> float:
 
 
 def assert_y(y: Tensor, true: Tensor, what: str = "y") -> None:
-    """y within SPEC.md's ulps of its dtype on its device (float64: 1e-14 relative, elementwise)."""
+    """y within numbers.md's ulps of its dtype on its device (float64: 1e-14 relative, elementwise)."""
     if y.dtype == torch.float64:
         error = ((y - true).abs() / true.abs().clamp_min(torch.finfo(torch.float64).tiny)).max().item()
         assert error <= FLOAT64, f"{what}: relative error {error:.3g} > {FLOAT64}"
@@ -100,7 +100,7 @@ def assert_variance(variance: Tensor, true: Tensor) -> None:
 
 
 def assert_grad(grad: Tensor, true: Tensor, bound: float, accumulate: torch.dtype, what: str) -> None:
-    """Relative L2 error at most `bound`, SPEC.md's for a result in float32 (1e-14 if arithmetic is float64).
+    """Relative L2 error at most `bound`, numbers.md's for a result in float32 (1e-14 if arithmetic is float64).
 
     A gradient rounded to a narrower dtype than it was computed in has 1.1x the error of rounding the truth,
     and beside it `bound` where that is for the sum before the rounding. In float32 grad_x is held to it row
@@ -118,7 +118,7 @@ def assert_grad(grad: Tensor, true: Tensor, bound: float, accumulate: torch.dtyp
 
 
 def assert_grads(grads: dict, true: dict, branch: torch.dtype, accumulate: torch.dtype) -> None:
-    """Every gradient in `grads` within SPEC.md's number for its kind; `branch` is the dtype of y."""
+    """Every gradient in `grads` within numbers.md's number for its kind; `branch` is the dtype of y."""
     narrow = torch.finfo(branch).bits < 32 and accumulate == torch.float32
     bounds = {
         "x": GRAD_X_FLOAT32,

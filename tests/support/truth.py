@@ -1,4 +1,4 @@
-"""The layer and its derivatives in float64, written from SPEC.md section 1 and independently of bhyt.
+"""The layer and its derivatives in float64, written from docs/mathematics.md and independently of bhyt.
 
 Inputs are taken as they were rounded. 1 - t^2 is written as 1 / cosh^2, which does not cancel.
 `test_accuracy.py` checks the closed derivatives against differentiating the formula.

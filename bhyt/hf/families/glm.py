@@ -10,24 +10,34 @@ from bhyt.hf.model import BHyTModelMixin
 
 @strict
 class BHyTGlmConfig(BHyTConfigMixin, GlmConfig):
+    """`transformers.GlmConfig` with the fields of `bhyt.hf.config.SiteFields`."""
+
     model_type = "bhyt_glm"
 
 
 class GlmDecoderLayer(ConvertedLayer, modeling_glm.GlmDecoderLayer):
-    pass
+    """The decoder layer of `transformers`, with BHyT sites."""
 
 
 class BHyTGlmModel(BHyTModelMixin, GlmModel):
+    """`transformers.GlmModel` with BHyT sites."""
+
     config_class = BHyTGlmConfig
 
 
 class BHyTGlmForCausalLM(BHyTModelMixin, GlmForCausalLM):
+    """`transformers.GlmForCausalLM` with BHyT sites."""
+
     config_class = BHyTGlmConfig
 
 
 class BHyTGlmForSequenceClassification(BHyTModelMixin, GlmForSequenceClassification):
+    """`transformers.GlmForSequenceClassification` with BHyT sites."""
+
     config_class = BHyTGlmConfig
 
 
 class BHyTGlmForTokenClassification(BHyTModelMixin, GlmForTokenClassification):
+    """`transformers.GlmForTokenClassification` with BHyT sites."""
+
     config_class = BHyTGlmConfig

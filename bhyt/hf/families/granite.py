@@ -10,16 +10,22 @@ from bhyt.hf.model import BHyTModelMixin
 
 @strict
 class BHyTGraniteConfig(BHyTConfigMixin, GraniteConfig):
+    """`transformers.GraniteConfig` with the fields of `bhyt.hf.config.SiteFields`."""
+
     model_type = "bhyt_granite"
 
 
 class GraniteDecoderLayer(ConvertedLayer, modeling_granite.GraniteDecoderLayer):
-    pass
+    """The decoder layer of `transformers`, with BHyT sites."""
 
 
 class BHyTGraniteModel(BHyTModelMixin, GraniteModel):
+    """`transformers.GraniteModel` with BHyT sites."""
+
     config_class = BHyTGraniteConfig
 
 
 class BHyTGraniteForCausalLM(BHyTModelMixin, GraniteForCausalLM):
+    """`transformers.GraniteForCausalLM` with BHyT sites."""
+
     config_class = BHyTGraniteConfig

@@ -10,16 +10,22 @@ from bhyt.hf.model import BHyTModelMixin
 
 @strict
 class BHyTOlmoeConfig(BHyTConfigMixin, OlmoeConfig):
+    """`transformers.OlmoeConfig` with the fields of `bhyt.hf.config.SiteFields`."""
+
     model_type = "bhyt_olmoe"
 
 
 class OlmoeDecoderLayer(ConvertedLayer, modeling_olmoe.OlmoeDecoderLayer):
-    pass
+    """The decoder layer of `transformers`, with BHyT sites."""
 
 
 class BHyTOlmoeModel(BHyTModelMixin, OlmoeModel):
+    """`transformers.OlmoeModel` with BHyT sites."""
+
     config_class = BHyTOlmoeConfig
 
 
 class BHyTOlmoeForCausalLM(BHyTModelMixin, OlmoeForCausalLM):
+    """`transformers.OlmoeForCausalLM` with BHyT sites."""
+
     config_class = BHyTOlmoeConfig
