@@ -339,7 +339,7 @@ def parse(arguments: Optional[Sequence[str]] = None) -> argparse.Namespace:
     parser.add_argument(
         "--ops", type=comma(str, CASES + MASKED), default=list(CASES), help="cases; default all without brackets"
     )
-    parser.add_argument("--peers", type=comma(str, PEERS), default=list(PEERS), help="default all")
+    parser.add_argument("--peers", type=comma(str, PEERS), help="default all; with --masks all_gradients")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument(
         "--tier", choices=("default", "avx2", "avx512"), help="instruction set of all providers"
@@ -355,6 +355,8 @@ def parse(arguments: Optional[Sequence[str]] = None) -> argparse.Namespace:
     args = parser.parse_args(arguments)
     if args.masks:
         args.ops, args.rows, args.dims = list(MASKED), args.rows or [64, 2048], args.dims or [2048]
+    # What a mask saves is a pair of calls: other peers between the two would leave them different caches.
+    args.peers = args.peers or (["all_gradients"] if args.masks else list(PEERS))
     args.rows = args.rows or ([1, 64] if args.quick else list(ROWS))
     args.dims = args.dims or ([256, 2048] if args.quick else list(DIMS))
     args.seconds = args.seconds or (0.1 if args.quick else 0.8)

@@ -8,8 +8,8 @@ Modes
     forward+backward   the call, then torch.autograd.grad of y for x and the parameters, a fixed gradient:
                        the same for every provider, nothing is accumulated into .grad
 
-Providers: bhyt.functional.forward, torch.ops.bhyt.forward and the module bhyt.BHyT; F.layer_norm and
-F.rms_norm; nn.LayerNorm and nn.RMSNorm. All in turn, round after round; a sample is a batch of calls, the
+Providers: bhyt.functional.forward, torch.ops.bhyt.forward and the modules bhyt.BHyT and bhyt.BHyTApprox; F.layer_norm
+and F.rms_norm; nn.LayerNorm and nn.RMSNorm. "+ add" is the site or norm of x + x. All in turn, round after round; a sample is a batch of calls, the
 result the median.
 """
 
@@ -30,6 +30,9 @@ PAIRS = {
     "bhyt.functional.forward": "F.layer_norm",
     "torch.ops.bhyt.forward": "F.layer_norm",
     "bhyt.BHyT": "nn.LayerNorm",
+    "bhyt.BHyTApprox": "nn.LayerNorm",
+    "bhyt.BHyT + add": "nn.LayerNorm + add",
+    "bhyt.BHyTApprox + add": "nn.LayerNorm + add",
 }
 
 
@@ -53,13 +56,20 @@ def providers(grad: bool) -> dict[str, Provider]:
         "F.layer_norm": Provider(lambda: F.layer_norm(x, shape, weight, bias), (x, weight, bias)),
         "F.rms_norm": Provider(lambda: F.rms_norm(x, shape, weight), (x, weight)),
     }
-    for name, module in (
-        ("bhyt.BHyT", bhyt.BHyT(D)),
-        ("nn.LayerNorm", nn.LayerNorm(D)),
-        ("nn.RMSNorm", nn.RMSNorm(D)),
+    exact, approximate, layer_norm, rms_norm = bhyt.BHyT(D), bhyt.BHyTApprox(D), nn.LayerNorm(D), nn.RMSNorm(D)
+    approximate.set_variance_offset(0.01)
+    variance = torch.ones(ROWS, 1)
+    for name, module, call in (
+        ("bhyt.BHyT", exact, lambda: exact(x)),
+        ("bhyt.BHyTApprox", approximate, lambda: approximate(x, variance)),
+        ("nn.LayerNorm", layer_norm, lambda: layer_norm(x)),
+        ("nn.RMSNorm", rms_norm, lambda: rms_norm(x)),
+        ("bhyt.BHyT + add", exact, lambda: exact(x, x)[0]),
+        ("bhyt.BHyTApprox + add", approximate, lambda: approximate(x, variance, x)[0]),
+        ("nn.LayerNorm + add", layer_norm, lambda: layer_norm(x + x)),
     ):
         module.requires_grad_(grad)
-        table[name] = Provider(lambda module=module: module(x), (x, *module.parameters()))
+        table[name] = Provider(call, (x, *module.parameters()))
     return table
 
 

@@ -30,6 +30,7 @@ from pathlib import Path
 from typing import NoReturn
 
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # deterministic cuBLAS; read when CUDA starts
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # a thread that waits soon gives up its core; read with torch
 
 try:
     import torch

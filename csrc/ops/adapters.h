@@ -32,12 +32,13 @@ const T& pick(const Tuple& given, const T& otherwise) {
     return otherwise;
 }
 
-// The eight forward ops: their names, and the order of their arguments and outputs.
-template <bool exact, bool adds, bool quantized>
+// The eight forward ops and the four that write into given memory: their names, and the order of their arguments and
+// outputs.
+template <bool exact, bool adds, bool quantized, bool into>
 struct Forward {
   using Call = Site;
   using Results = Outputs;
-  static constexpr const char* overload = quantized ? "explicit" : "";
+  static constexpr const char* overload = quantized ? "explicit" : into ? "out" : "";
 
   static std::string name() {
     return std::string(adds ? "add_" : "") + "forward" + (exact ? "" : "_approx") + (quantized ? "_quantized" : "");
@@ -48,22 +49,26 @@ struct Forward {
         std::tie(s.x), when<adds>([&] { return std::tie(*s.residual); }),
         when<!exact>([&] { return std::tie(*s.variance, s.offset); }), std::tie(s.weight, s.lam),
         when<quantized>([&] { return std::tuple(s.quantized->scale, s.quantized->zero_point, s.quantized->dtype); }),
-        std::tuple(s.kappa, s.eps));
+        std::tuple(s.kappa, s.eps), when<into>([&] { return tensors(*s.into); }));
   }
 
   template <class Arguments>
   static Site call_of(const Arguments& given) {
-    constexpr size_t v = 1 + adds, w = v + 2 * !exact, q = w + 2, k = q + 3 * quantized;
+    constexpr size_t v = 1 + adds, w = v + 2 * !exact, q = w + 2, k = q + 3 * quantized, o = k + 2;
     const Tensor& x = std::get<0>(given);
     std::optional<Quantized> to;
     if constexpr (quantized) to = {std::get<q>(given), std::get<q + 1>(given), std::get<q + 2>(given)};
     const Tensor* residual = adds ? &pick<adds, 1>(given, x) : nullptr;
     const Tensor* variance = exact ? nullptr : &pick<!exact, v>(given, x);
+    std::optional<Outputs> outputs;
+    if constexpr (into)
+      outputs = {std::get<o>(given), pick<adds, o + 1>(given, Tensor()), pick<exact, o + 1 + adds>(given, Tensor())};
     return {{std::get<k>(given), std::get<k + 1>(given)}, x, residual, variance, pick<!exact, v + 1>(given, kNone),
-            std::get<w>(given), std::get<w + 1>(given), to};
+            std::get<w>(given), std::get<w + 1>(given), to, outputs};
   }
 
-  static auto tensors(Outputs& out) {
+  template <class Results>  // Outputs, const or not
+  static auto tensors(Results& out) {
     return std::tuple_cat(std::tie(out.y), when<adds>([&] { return std::tie(out.sum); }),
                           when<exact>([&] { return std::tie(out.variance); }));
   }
@@ -125,10 +130,12 @@ struct Op<Kind, std::tuple<Args...>, std::tuple<Tensors...>> : Kind {
     return std::apply([](Tensors... t) { return Returned(std::move(t)...); }, Kind::tensors(results));
   }
 
+  static std::string full_name() { return Kind::name() + (*Kind::overload ? "." : "") + Kind::overload; }
+
   template <class Impl, class... Keys>
   static void implement(torch::Library& m) {
     Returned (*const function)(Keys..., Args...) = kernel<Impl, Keys...>;
-    m.impl((Kind::name() + (*Kind::overload ? "." : "") + Kind::overload).c_str(), function);
+    m.impl(full_name().c_str(), function);
   }
 
   // Through the dispatcher: from its top, or with these keys alone.
@@ -149,14 +156,26 @@ struct Op<Kind, std::tuple<Args...>, std::tuple<Tensors...>> : Kind {
   }
 };
 
-// Registers Impl::forward(Keys.., Site) and Impl::backward(Keys.., SiteGradients) as all ten ops of a dispatch key.
+// Registers Impl::forward(Keys.., Site) as the ops that write into given memory.
+template <class Impl, class... Keys>
+void register_ops_into(torch::Library& m) {
+  if (!registers_ops()) return;
+  const auto implement = [&](auto... kinds) { (Op<decltype(kinds)>::template implement<Impl, Keys...>(m), ...); };
+  implement(Forward<true, false, false, true>(), Forward<false, false, false, true>(),
+            Forward<true, true, false, true>(), Forward<false, true, false, true>());
+}
+
+// Registers Impl::forward(Keys.., Site) and Impl::backward(Keys.., SiteGradients) as all ops of a dispatch key.
 template <class Impl, class... Keys>
 void register_ops(torch::Library& m) {
   if (!registers_ops()) return;
   const auto implement = [&](auto... kinds) { (Op<decltype(kinds)>::template implement<Impl, Keys...>(m), ...); };
-  implement(Forward<true, false, false>(), Forward<false, false, false>(), Forward<true, true, false>(),
-            Forward<false, true, false>(), Forward<true, false, true>(), Forward<false, false, true>(),
-            Forward<true, true, true>(), Forward<false, true, true>(), Backward<true>(), Backward<false>());
+  implement(Forward<true, false, false, false>(), Forward<false, false, false, false>(),
+            Forward<true, true, false, false>(), Forward<false, true, false, false>(),
+            Forward<true, false, true, false>(), Forward<false, false, true, false>(),
+            Forward<true, true, true, false>(), Forward<false, true, true, false>(), Backward<true>(),
+            Backward<false>());
+  register_ops_into<Impl, Keys...>(m);
 }
 
 // f of the op that a call is for.
@@ -170,7 +189,7 @@ auto with_forward(const F& f, bool next, Rest... rest) {
 
 template <class F>
 auto with_op(const Site& s, const F& f) {
-  return with_forward<>(f, !s.variance, s.residual != nullptr, s.quantized.has_value());
+  return with_forward<>(f, !s.variance, s.residual != nullptr, s.quantized.has_value(), s.into.has_value());
 }
 
 template <class F>

@@ -16,7 +16,8 @@ using c10::DispatchKeySet;
 template <class Is>
 bool any_of(const Site& s, const Is& is) {
   return is(&s.x) || is(s.residual) || is(s.variance) || (s.weight && is(&*s.weight)) || is(&s.lam) ||
-         (s.quantized && s.offset && is(&*s.offset));
+         (s.quantized && s.offset && is(&*s.offset)) ||
+         (s.into && (is(&s.into->y) || is(&s.into->sum) || is(&s.into->variance)));
 }
 template <class Is>
 bool any_of(const SiteGradients& s, const Is& is) {
@@ -35,11 +36,24 @@ bool wants_graph(const T& of) {
          any_of(of, [](const Tensor* t) { return t && t->defined() && t->requires_grad(); });
 }
 
+std::string name_of(const Site& s) {
+  return with_op(s, [](auto op) { return op.name(); }) + (s.into ? ".out" : "");
+}
+
+Outputs write_into(DispatchKeySet keys, const Site& s) {
+  TORCH_CHECK_NOT_IMPLEMENTED(!inside_functorch_transform(), "bhyt: ", name_of(s),
+                              ": not under functorch transforms; call the op without outputs");
+  for (const Tensor* t : {&s.into->y, &s.into->sum, &s.into->variance})
+    if (t->defined()) torch::autograd::impl::bump_version(*t);
+  return call_op(s, keys & c10::after_autograd_keyset);
+}
+
 struct Routes {
   static Outputs forward(DispatchKeySet keys, const Site& s) {
-    if (s.quantized)
-      TORCH_CHECK(!wants_graph(s) && !has_tangent(s), "bhyt: ", with_op(s, [](auto op) { return op.name(); }),
+    if (s.quantized || s.into)
+      TORCH_CHECK(!wants_graph(s) && !has_tangent(s), "bhyt: ", name_of(s),
                   ": not differentiable; call it under torch.no_grad(), or with tensors that do not require grad");
+    if (s.into) return write_into(keys, s);
     if (inside_functorch_transform() || has_tangent(s)) return Composite::forward(s);
     const DispatchKeySet below = keys & c10::after_autograd_keyset;
     return wants_graph(s) ? record(below, s) : call_op(s, below);

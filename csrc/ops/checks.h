@@ -121,6 +121,24 @@ inline void given_variance(const Tensor& stream, const Tensor& variance, const s
   if (offset) one_element("variance_offset", *offset, stream);
 }
 
+inline void contiguous(const char* name, const Tensor& t) {
+  TORCH_CHECK_VALUE(t.is_contiguous(), "bhyt: ", name, ": expected a contiguous tensor to write to, got strides ",
+                    t.sym_strides());
+}
+
+// Tensors that a caller gives for the outputs. Nothing is resized.
+inline void output(const char* name, const Tensor& t, const Tensor& x, ScalarType dtype) {
+  same_dtype(name, t, dtype);
+  same_shape(name, t, x);
+  same_device(name, t, x);
+  contiguous(name, t);
+}
+
+inline void output_per_row(const char* name, const Tensor& t, const Tensor& x) {
+  per_row(name, t, x);
+  contiguous(name, t);
+}
+
 // Of the integers that y may become; float8 has no zero_point but this.
 inline int64_t lowest(ScalarType t) { return t == at::kChar ? -128 : 0; }
 

@@ -62,7 +62,19 @@ Tensor grad_x_of(const SiteGradients& s, const Terms& k) {
 
 }  // namespace
 
+// What writes into given memory where no kernel does: under functionalization, and on devices without kernels.
+Outputs Composite::forward_into(const Site& s) {
+  check(s);
+  Site plain = s;
+  plain.into.reset();
+  const Outputs made = call_op(plain);
+  for (const auto& [to, from] : {std::pair(s.into->y, made.y), {s.into->sum, made.sum}, {s.into->variance, made.variance}})
+    if (from.defined()) to.copy_(from);
+  return *s.into;
+}
+
 Outputs Composite::forward(const Site& s) {
+  if (s.into) return forward_into(s);
   check(s);
   Outputs out;
   if (s.quantized && !s.variance) {
@@ -100,5 +112,6 @@ Gradients Composite::backward(const SiteGradients& s) {
 
 TORCH_LIBRARY_IMPL(bhyt, CompositeExplicitAutograd, m) { register_ops<Composite>(m); }
 TORCH_LIBRARY_IMPL(bhyt, FuncTorchBatched, m) { register_ops<Composite>(m); }
+TORCH_LIBRARY_IMPL(bhyt, Functionalize, m) { register_ops_into<Composite>(m); }
 
 }  // namespace bhyt

@@ -8,6 +8,7 @@ namespace bhyt {
 
 struct Composite {
   static Outputs forward(const Site& s);
+  static Outputs forward_into(const Site& s);
   static Gradients backward(const SiteGradients& s);
 };
 

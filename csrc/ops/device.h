@@ -89,6 +89,42 @@ void describe_site(SiteParams& p, RowViews& view, const Call& s, const Tensor& s
   p.eps = s.eps;
 }
 
+// Kernels read and write element by element, so y may lie where x does and sum where residual does. Any other overlap
+// of an output would have a kernel read what it has written.
+inline void check_memory(const Site& s) {
+  struct Named {
+    const char* name;
+    const Tensor* tensor;
+    const Named* in_place_of = nullptr;  // what an output may be written over
+  };
+  const Named x{"x", &s.x}, residual{"residual", s.residual};
+  const std::array outputs{Named{"y", &s.into->y, &x}, Named{"sum", &s.into->sum, &residual},
+                           Named{"variance", &s.into->variance}};
+  const Named inputs[] = {x, residual, {"variance", s.variance}, {"variance_offset", s.offset ? &*s.offset : nullptr},
+                          {"weight", s.weight ? &*s.weight : nullptr}, {"lam", &s.lam}};
+  const auto given = [](const Named& n) { return n.tensor && n.tensor->defined() && n.tensor->numel() > 0; };
+  const auto range = [](const Tensor& t) {
+    int64_t last = 0;
+    for (int64_t i = 0; i < t.dim(); ++i) last += (t.size(i) - 1) * t.stride(i);
+    const auto* begin = static_cast<const char*>(data_of(t));
+    return std::pair(begin, begin + (last + 1) * static_cast<int64_t>(t.element_size()));
+  };
+  const auto refuse_overlap = [&](const Named& out, const Named& other) {
+    if (!given(out) || !given(other)) return;
+    const auto [begin, end] = range(*out.tensor);
+    const auto [other_begin, other_end] = range(*other.tensor);
+    const bool in_place = out.in_place_of && out.in_place_of->tensor == other.tensor && begin == other_begin &&
+                          other.tensor->is_contiguous();
+    TORCH_CHECK_VALUE(in_place || end <= other_begin || other_end <= begin, "bhyt: ", out.name,
+                      ": expected memory of its own", out.in_place_of ? ", or all of that of " : "",
+                      out.in_place_of ? out.in_place_of->name : "", "; it overlaps ", other.name);
+  };
+  for (size_t i = 0; i < outputs.size(); ++i) {
+    for (const Named& input : inputs) refuse_overlap(outputs[i], input);
+    for (size_t j = 0; j < i; ++j) refuse_overlap(outputs[i], outputs[j]);
+  }
+}
+
 // How a device makes an output: the sizes and dtype given, on x's device.
 using Allocate = Tensor (*)(at::IntArrayRef sizes, at::ScalarType dtype, const Tensor& x);
 
@@ -109,22 +145,27 @@ struct DeviceOps {
     p.branch = dtype_of(s.x);
     p.exact = !s.variance;
     p.x = view(s.x);
-    out.y = allocate(s.x.sizes(), s.y_dtype(), s.x);
-    p.y = out.y.mutable_data_ptr();
+    if (s.into) {
+      check_memory(s);
+      out = *s.into;
+    }
+    const auto made = [&](Tensor& t, at::IntArrayRef sizes, at::ScalarType dtype) {
+      if (!s.into) t = allocate(sizes, dtype, s.x);
+      return t.mutable_data_ptr();
+    };
+    p.y = made(out.y, s.x.sizes(), s.y_dtype());
     if (const auto& to = s.quantized)
       p.quantization = {dtype_of(out.y), 1 / to->scale, static_cast<int>(to->zero_point)};
     if (s.residual) {
       p.residual = view(*s.residual);
-      out.sum = allocate(s.x.sizes(), s.residual->scalar_type(), s.x);
-      p.sum = out.sum.mutable_data_ptr();
+      p.sum = made(out.sum, s.x.sizes(), s.residual->scalar_type());
     }
     if (s.variance) {
       p.variance = view.dense(*s.variance);
     } else {
       at::DimVector shape(s.x.sizes());
       shape.back() = 1;
-      out.variance = allocate(shape, checks::accumulate_type(s.stream().scalar_type()), s.x);
-      p.variance_out = out.variance.mutable_data_ptr();
+      p.variance_out = made(out.variance, shape, checks::accumulate_type(s.stream().scalar_type()));
     }
     if (s.x.numel() > 0)
       run_forward(p, s.x);

@@ -19,6 +19,7 @@ Tensor variance_of(const Tensor& stream) {
 struct Meta {
   static Outputs forward(const Site& s) {
     check(s);
+    if (s.into) return *s.into;
     return {like(s.x, s.y_dtype()), s.residual ? like(*s.residual) : Tensor(),
             s.variance ? Tensor() : variance_of(s.stream())};
   }

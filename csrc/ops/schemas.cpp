@@ -17,6 +17,15 @@ constexpr const char* kSchemas[] = {
     " -> (Tensor y, Tensor sum, Tensor variance)",
     "add_forward_approx(Tensor x, Tensor residual, Tensor variance, Tensor? variance_offset, Tensor? weight,"
     " Tensor lam, float kappa=10.0, float eps=1e-06) -> (Tensor y, Tensor sum)",
+    "forward.out(Tensor x, Tensor? weight, Tensor lam, float kappa=10.0, float eps=1e-06, *, Tensor(a!) y,"
+    " Tensor(b!) variance) -> (Tensor(a!) y, Tensor(b!) variance)",
+    "forward_approx.out(Tensor x, Tensor variance, Tensor? variance_offset, Tensor? weight, Tensor lam,"
+    " float kappa=10.0, float eps=1e-06, *, Tensor(a!) y) -> Tensor(a!) y",
+    "add_forward.out(Tensor x, Tensor residual, Tensor? weight, Tensor lam, float kappa=10.0, float eps=1e-06, *,"
+    " Tensor(a!) y, Tensor(b!) sum, Tensor(c!) variance) -> (Tensor(a!) y, Tensor(b!) sum, Tensor(c!) variance)",
+    "add_forward_approx.out(Tensor x, Tensor residual, Tensor variance, Tensor? variance_offset, Tensor? weight,"
+    " Tensor lam, float kappa=10.0, float eps=1e-06, *, Tensor(a!) y, Tensor(b!) sum)"
+    " -> (Tensor(a!) y, Tensor(b!) sum)",
     "forward_quantized(Tensor x, Tensor? weight, Tensor lam, float scale, int zero_point=0, ScalarType dtype=int8,"
     " float kappa=10.0, float eps=1e-06) -> (Tensor q, Tensor variance)",
     "forward_approx_quantized(Tensor x, Tensor variance, Tensor? variance_offset, Tensor? weight, Tensor lam,"

@@ -23,6 +23,11 @@ struct Numbers {
   double kappa, eps;
 };
 
+// sum: with a residual only; variance: of exact sites only.
+struct Outputs {
+  Tensor y, sum, variance;
+};
+
 struct Site : Numbers {
   const Tensor& x;
   const Tensor* residual;  // null: nothing is added
@@ -31,15 +36,11 @@ struct Site : Numbers {
   const OptionalTensor& weight;
   const Tensor& lam;
   std::optional<Quantized> quantized;
+  std::optional<Outputs> into;  // the caller's memory for the outputs, else it is made
 
   // The row that the statistics belong to has the dtype of this tensor, and so has the sum.
   const Tensor& stream() const { return residual ? *residual : x; }
   at::ScalarType y_dtype() const { return quantized ? quantized->dtype : x.scalar_type(); }
-};
-
-// sum: with a residual only; variance: of exact sites only.
-struct Outputs {
-  Tensor y, sum, variance;
 };
 
 struct SiteGradients : Numbers {
@@ -68,6 +69,11 @@ inline void check(const Site& s) {
   checks::site(s.x, s.weight, s.lam, s.kappa, s.eps);
   if (s.variance) checks::given_variance(s.stream(), *s.variance, s.offset);
   if (s.quantized) checks::quantization(s.quantized->scale, s.quantized->zero_point, s.quantized->dtype);
+  if (!s.into) return;
+  const auto& [y, sum, variance] = *s.into;
+  checks::output("y", y, s.x, s.y_dtype());
+  if (s.residual) checks::output("sum", sum, s.x, s.stream().scalar_type());
+  if (!s.variance) checks::output_per_row("variance", variance, s.stream());
 }
 
 inline void check(const SiteGradients& s) {

@@ -1,0 +1,138 @@
+"""The machine code of the CUDA kernels, without a GPU: what a changed line or a new compiler costs shows here.
+
+benchmarks/machine_code.py reads it from the installed library, or from objects made here.
+"""
+
+import importlib.util
+import os
+import re
+import sys
+from pathlib import Path
+
+import pytest
+
+from support.paths import ROOT
+
+spec = importlib.util.spec_from_file_location("machine_code", ROOT / "benchmarks" / "machine_code.py")
+assert spec and spec.loader
+machine_code = importlib.util.module_from_spec(spec)
+sys.modules[spec.name] = machine_code  # dataclasses look their module up
+spec.loader.exec_module(machine_code)
+
+pytestmark = pytest.mark.slow
+# What is tuned: 16-byte packs, row in registers or persistent.
+TUNED = re.compile(r"forward_row_in_registers|backward_rows_persistent|sum_partials")
+SOME_CODE = """
+.func : x
+        /*0000*/                   S2R R0, SR_TID.X ;
+        /*0010*/                   LDG.E.128 R4, desc[UR4][R2.64] ;
+        /*0020*/              @!P0 BRA 0x60 ;
+        /*0030*/                   MUFU.EX2 R8, R8 ;
+        /*0040*/                   FMUL R8, R8, R8 ;
+        /*0050*/                   BRA 0x70 ;
+        /*0060*/                   FMUL R9, R4, R4 ;
+        /*0070*/                   STG.E.128 desc[UR4][R2.64], R4 ;
+        /*0080*/              @P1  BRA 0x10 ;
+        /*0090*/                   EXIT ;
+"""
+
+
+def architectures() -> list[str]:
+    """Those that the build was asked for; else the list in setup.py, the one place that holds it."""
+    if asked := os.environ.get("BHYT_CUDA_ARCHS"):
+        return asked.split()
+    match = re.search(r'"BHYT_CUDA_ARCHS", "([\d ]+)"', (ROOT / "setup.py").read_text())
+    assert match, "setup.py: cuda_targets"
+    return match.group(1).split()
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """The installed library; where that has code for fewer GPUs or none, objects made here."""
+    if machine_code.tool("cuobjdump") is None or machine_code.tool("nvdisasm") is None:
+        pytest.skip("no cuobjdump: the machine code was not read")
+    if found := machine_code.installed(architectures()):
+        return found
+    if machine_code.tool("nvcc") is None:
+        pytest.skip("no nvcc: the CUDA kernels were not compiled")
+    return machine_code.compiled(architectures(), tmp_path_factory.mktemp("cuda"))
+
+
+def tuned(files: list[Path], arch: str) -> list["machine_code.Code"]:
+    found = [code for file in files for code in machine_code.machine_code(file, arch).values()]
+    codes = [code for code in found if TUNED.search(code.name)]
+    assert len(codes) >= 36
+    return codes
+
+
+def test_budgets(files: list[Path]) -> None:
+    """Instructions per element on the main path, and no spills, in the code for sm_90."""
+    if "90" not in architectures():
+        pytest.skip("sm_90 is not built")
+    found = machine_code.measures(files, ["90"])
+    print(machine_code.table(found))
+    over = [f"{m.kernel.title}: {m.per_element:.1f}" for m in found if m.per_element > m.kernel.budget]
+    over += [f"{m.kernel.title}, large arguments: {m.per_element_large:.1f}" for m in found
+             if m.per_element_large > (m.kernel.large or m.per_element_large)]  # fmt: skip
+    assert not over, over
+    assert not any(m.spilled for m in found)
+    h200 = next(gpu for gpu in machine_code.GPUS if gpu.name == "H200")
+    bound = [m.kernel.title for m in found if m.kernel.loop and m.kernel.stored == 2 and m.issue(h200) > 0.62]
+    assert not bound, f"16-bit backwards that an H200's instructions bind: {bound}"
+
+
+def test_row_loops_flush_nothing(files: list[Path]) -> None:
+    """A cluster's blocks exchange their sums without a barrier that empties caches or waits for all of memory."""
+    for arch in architectures():
+        loops = [code for code in tuned(files, arch) if "backward_rows_persistent" in code.name]
+        assert len(loops) == 75
+        for code in loops:
+            grad_x, sums = re.search(r"Wanted<(\d), (\w+),", code.name).groups()
+            addresses = [instruction.address for instruction in machine_code.main_path(code, loop=True)]
+            body = [i.name for i in code.instructions if min(addresses) <= i.address <= max(addresses)]
+            stores = sum(name.startswith("STG.E") and name.endswith("128") for name in body)
+            assert stores >= 2 if grad_x != "0" else stores == 0, code.name
+            exchanges = any(name.startswith("SYNCS") for name in body)  # of sums
+            assert exchanges == (sums == "true" and int(arch) >= 90), code.name
+            flushes = ("MEMBAR", "CCTL.IVALL", "UCGABAR", "ERRBAR")
+            assert not [name for name in body if name.startswith(flushes)], code.name
+
+
+def test_tuned_kernels_move_16_bytes_at_a_time(files: list[Path]) -> None:
+    """Rows are read and written by 16-byte instructions, without local memory, in the code for sm_90. A pack in eight bits
+    is 8 bytes, beside fp32 4."""
+    for code in tuned(files, "90") if "90" in architectures() else ():
+        names = [instruction.name for instruction in code.instructions]
+        assert not [name for name in names if name.startswith(("LDL", "STL"))], code.name
+        if "sum_partials" not in code.name:
+            assert any(name.startswith("LDG") and name.endswith("128") for name in names), code.name
+            if "Wanted<0," in code.name:  # no grad_x: the rows are only read
+                continue
+            bits = "128" if "Byte" not in code.name else "E" if "float, NoGain" in code.name else "64"
+            assert any(name.startswith("STG") and name.endswith(bits) for name in names), code.name
+
+
+def test_no_spills(files: list[Path]) -> None:
+    """For every architecture: the tuned kernels need no stack."""
+    for arch in architectures():
+        assert not [code.name for code in tuned(files, arch) if code.stack], arch
+
+
+def test_main_path() -> None:
+    """Of a loop with a branch: the way without the exponential, or with `large` the one with it."""
+    found = machine_code.INSTRUCTION.findall(SOME_CODE)
+    code = machine_code.Code("90", "x", [machine_code.Instruction(int(a, 16), p.strip(), n, o) for a, p, n, o in found])
+    names = [i.name for i in machine_code.main_path(code, loop=True)]
+    assert names == ["LDG.E.128", "BRA", "FMUL", "STG.E.128", "BRA"]
+    large = [i.name for i in machine_code.main_path(code, loop=True, large=True)]
+    assert large == ["LDG.E.128", "BRA", "MUFU.EX2", "FMUL", "BRA", "STG.E.128", "BRA"]
+    assert len(machine_code.main_path(code, loop=False)) == 7
+    assert machine_code.in_flight(machine_code.main_path(code, loop=True), loop=True) == 16
+
+
+def test_uniform_branches() -> None:
+    """A branch on a predicate that stands among its operands may go on, the negated ones of sm_100 too."""
+    for operands, ways in (("0x20", 1), ("UP0, 0x20", 2), ("!UP0, 0x20", 2)):
+        lines = [(0, "BRA.U", operands), (0x10, "NOP", ""), (0x20, "EXIT", "")]
+        code = machine_code.Code("100", "x", [machine_code.Instruction(a, "", n, o) for a, n, o in lines])
+        assert len(code.successors(0)) == ways
