@@ -91,4 +91,4 @@ def value_weight(qkv_weight: Tensor, heads: int, kv_heads: int, *, grouped: bool
         )
     if not grouped:
         return weight[weight.shape[0] // parts * (heads + kv_heads) :]
-    return weight.unflatten(0, (kv_heads, parts // kv_heads, -1))[:, -1].flatten(0, 1)
+    return weight.reshape(kv_heads, parts // kv_heads, -1, weight.shape[1])[:, -1].flatten(0, 1)

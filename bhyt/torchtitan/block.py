@@ -10,7 +10,7 @@ is not fused into the next block's first site.
 import functools
 from dataclasses import dataclass, fields
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, List
 
 import torch
 from torch import Tensor
@@ -79,7 +79,8 @@ def check_block(config: Any) -> None:
     Raises:
         ValueError: it computes something else.
     """
-    owner, given, received = type(config)._owner, (object(), object()), []
+    owner, given = type(config)._owner, (object(), object())
+    received: List[Any] = []
 
     def attention(x: Tensor, *args: Any) -> Tensor:
         received.extend(args)

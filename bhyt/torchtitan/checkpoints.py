@@ -62,7 +62,8 @@ class _Adapter:
             values, hf_state_dict[f"{layer}self_attn.o_proj.weight"], attention.rope.max_seq_len,
             attention.n_heads // kv_heads, head_dim=len(values) // kv_heads,
         )  # fmt: skip
-        return gain * (lam / config.attention_norm.kappa).square()
+        offset: Tensor = gain * (lam / config.attention_norm.kappa).square()
+        return offset
 
     def get_hf_storage_reader(self, path: str, from_quantized: bool = False) -> Any:
         if from_quantized:
