@@ -1,4 +1,4 @@
-"""Serving, as far as it needs no engine: models built as engines build them, weights that pass by, the plugin's registration.
+"""Serving, as far as it needs no engine: models built as engines build them, weights that pass by, the plugin's entry.
 
 test_vllm.py runs the engine itself.
 """
@@ -61,7 +61,7 @@ def fill(empty: nn.Module, weights: Dict[str, Tensor]) -> None:
 
 @pytest.mark.parametrize("options", ({}, {"learnable_lam": False, "last_layer_lam": 1.5}), ids=str)
 def test_nothing_vanishes_into_meta(options: dict) -> None:
-    """F19: buffers of sites are in memory where those of other modules are, and what is copied into them is in force."""
+    """F19: buffers of sites are in memory where those of other modules are; what is copied into them is in force."""
     model = converted(**options)
     empty = built_empty(model)
     buffers = dict(empty.named_buffers())
@@ -90,7 +90,7 @@ class Merged(nn.Module):
     def __init__(self, attention: Any) -> None:
         super().__init__()
         self.o_proj, self.head_dim = attention.o_proj, attention.head_dim
-        self.qkv_proj = nn.Linear(64, sum(len(p.weight) for p in (attention.q_proj, attention.k_proj, attention.v_proj)))
+        self.qkv_proj = nn.Linear(64, 128)
         self.inner = [attention]  # out of sight
 
     def forward(self, **kwargs: Any) -> Any:
@@ -105,8 +105,8 @@ def merge(model: nn.Module) -> nn.Module:
 
 @pytest.mark.parametrize("compiled", (False, True))
 def test_merged_attention(compiled: bool) -> None:
-    """F19: where q, k and v are merged, the offset that was loaded is in force, compiled too; asked for another one, the
-    model says why there is none; without one it does not run."""
+    """F19: where q, k and v are merged, the offset that was loaded is in force, compiled too; asked for another one,
+    the model says why there is none; without one it does not run."""
     model = converted()
     with torch.no_grad():
         expected = model(ids()).logits
@@ -202,7 +202,8 @@ def test_offsets_that_cannot_be_had(fault: str) -> None:
         del weights[dropped]
     else:
         del weights["model.layers.1.input_layernorm.lam"]
-    with pytest.raises(ValueError, match="layers.1.input_layernorm.lam" if "lam" in fault else "layers.1.*variance_offset"):
+    missed = "layers.1.input_layernorm.lam" if "lam" in fault else "layers.1.*variance_offset"
+    with pytest.raises(ValueError, match=missed):
         passed(model, weights)
 
 
@@ -296,12 +297,13 @@ assert AutoConfig.for_model("bhyt_llama").__class__ is type(config)
 
 
 def test_registration(tmp_path: Path) -> None:
-    """With a stand-in for vLLM: register imports neither vLLM nor bhyt.hf, takes less than 0.1 s, more calls change nothing; a
-    folder's config is found without trust_remote_code, and T does not bound the context."""
+    """With a stand-in for vLLM: register imports neither vLLM nor bhyt.hf, takes less than 0.1 s, more calls change
+    nothing; a folder's config is found without trust_remote_code, and T does not bound the context."""
     converted().save_pretrained(tmp_path)
     seconds = []
     for _ in range(3):
-        run = subprocess.run([sys.executable, "-c", STAND_IN, str(tmp_path)], capture_output=True, text=True, cwd=tmp_path)
+        command = [sys.executable, "-c", STAND_IN, str(tmp_path)]
+        run = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
         assert run.returncode == 0, run.stderr
         seconds.append(float(run.stdout.split("SECONDS")[1].split()[0]))
         if seconds[-1] < 0.1:

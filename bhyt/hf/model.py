@@ -45,8 +45,8 @@ class BHyTModelMixin(nn.Module):
             )
         if getattr(config, "_attn_implementation", None) == "vllm" and not getattr(config, SERVED, False):
             raise RuntimeError(
-                "config: vLLM serves a BHyT model by bhyt's plugin (vllm.general_plugins), which is not at work: install bhyt"
-                " beside vLLM, leave VLLM_PLUGINS unset or name bhyt there, and leave model_impl unset"
+                "config: vLLM serves a BHyT model by bhyt's plugin (vllm.general_plugins), which is not at work: install"
+                " bhyt beside vLLM, leave VLLM_PLUGINS unset or name bhyt there, and leave model_impl unset"
             )
         super().__init__(config, *args, **kwargs)
         if any(isinstance(module, ConvertedLayer) for module in self.modules()):

@@ -53,14 +53,14 @@ def _compute(layer: Any, adapter: Optional[str] = None) -> Tensor:
     """The offset of the layer as it is, a scalar. adapter: PEFT's, instead of those that are active.
 
     Raises:
-        RuntimeError: the first site's gain is folded (see `bhyt.fold_gain`); a weight has not been loaded (meta), is one
-            of an engine's shards, or merged with others.
+        RuntimeError: the first site's gain is folded (see `bhyt.fold_gain`); a weight has not been loaded (meta), is
+            a shard of an engine's, or merged with others.
     """
     attention, first = layer.self_attn, active_site(layer.input_layernorm)
     if hasattr(first, "gain_folded"):
         raise RuntimeError("model: its gains are folded into W_V, of which c must not be computed; unfold it before")
     if not _has_projections(attention):
-        raise RuntimeError("model: its attention has no v_proj and o_proj, of which c is computed; load the offset instead")
+        raise RuntimeError("model: its attention has no v_proj and o_proj, of which c is computed; load the offset")
     with present(attention.v_proj, attention.o_proj, first):
         values = matrix_of(attention.v_proj, first.lam.dtype, adapter)
         rows = layer.config.num_key_value_heads * attention.head_dim

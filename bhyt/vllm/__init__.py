@@ -1,7 +1,8 @@
 """BHyT models in vLLM: a plugin, which vLLM finds by the entry point `vllm.general_plugins` once bhyt is installed.
 
 Every folder that `save_pretrained` writes for a model of `bhyt.hf` is served, without trust_remote_code; see
-docs/serving.md. This module imports neither vLLM nor `bhyt.hf`: vLLM loads it in each of its processes, whatever it serves.
+docs/serving.md. This module imports neither vLLM nor `bhyt.hf`, since vLLM loads it in each of its processes, whatever
+it serves.
 """
 
 from typing import Any, Dict
@@ -16,7 +17,7 @@ MIXTURES = ("mixtral", "qwen3_moe", "olmoe")
 
 
 def register() -> None:
-    """Make vLLM know the models, their configs and how long their contexts are. Called by vLLM; more calls change nothing."""
+    """Make vLLM know the models, their configs and the length of their contexts. More calls change nothing."""
     from vllm import ModelRegistry
 
     for base, name in FAMILIES.items():
@@ -44,8 +45,8 @@ def _register_configs() -> None:
 
 
 def _register_lengths() -> None:
-    """vLLM takes the smallest field that sounds like a length for a model's longest context; seq_len is not one: it is the
-    length of which approximate sites know the variance."""
+    """A model's longest context is the smallest of the fields that vLLM knows for lengths. seq_len is none: it is the
+    length that approximate sites are built for."""
     from vllm.transformers_utils import model_arch_config_convertor as convertors
 
     table = convertors.MODEL_ARCH_CONFIG_CONVERTORS

@@ -1,7 +1,6 @@
 """The models: vLLM's transformers backend, in which the layers of `bhyt.hf` run as they do under transformers.
 
-vLLM puts linears and an attention of its own in the places of a model's, and leaves its sites as they are, whole on every
-rank.
+vLLM puts linears and an attention of its own in the places of a model's. Sites stay as they are, whole on every rank.
 """
 
 from typing import Any, Set

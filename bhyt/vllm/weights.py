@@ -1,7 +1,7 @@
 """Offsets of a model that an engine runs: they come with the weights, or are computed from them as they pass by.
 
-An engine merges q, k and v, shards them, and packs them as its kernels like them: an offset cannot be computed from what is
-in the model then. Whatever is in doubt is an error of one line.
+An engine merges q, k and v, shards them, and packs them as its kernels like them: an offset cannot be computed from
+what is in the model then. Whatever is in doubt is an error of one line.
 """
 
 import re
@@ -23,12 +23,13 @@ Weights = Iterable[Tuple[str, Tensor]]
 def check_config(config: Any, lora: bool) -> None:
     """Refuse what would be computed wrong."""
     if getattr(config, "bhyt_quantization", None):
-        raise ValueError("model: the 8-bit linears of bhyt.quantization are not served; serve the model that was quantised")
+        raise ValueError("model: 8-bit linears of bhyt.quantization are not served; serve the model that was quantised")
     exact = config.norm_type == "bhytstar" or config.var_approx_exact_layers >= config.num_hidden_layers
     if lora and not exact:
         raise ValueError(
-            "enable_lora: an adapter on v_proj or o_proj has variance offsets of its own, and would be run with its base's;"
-            " merge it (PEFT's merge_and_unload), save the model and serve that, or train with norm_type='bhytstar'"
+            "enable_lora: an adapter on v_proj or o_proj has variance offsets of its own, and would be run with its"
+            " base's; merge it (PEFT's merge_and_unload), save the model and serve that, or train with"
+            " norm_type='bhytstar'"
         )
 
 
@@ -39,7 +40,7 @@ class LoadedOffset(LayerOffset):
         return None
 
     def refresh(self, layer: Any) -> None:
-        raise RuntimeError("model: it is served, and its offsets are those that it was loaded with; load all weights anew")
+        raise RuntimeError("model: it is served, with the offsets that it was loaded with; load all weights anew")
 
 
 def keep_loaded(model: nn.Module) -> None:
@@ -119,8 +120,8 @@ class _Layer:
             site.set_variance_offset(offset_of(gain, first))
         elif _OFFSET not in self._seen and (not site.offset_is_set or self._seen & self._sources):
             raise ValueError(
-                f"weights: layers.{number}.{_OFFSET} is not among them, nor are v_proj and o_proj as floating-point matrices,"
-                " of which it is computed; load what save_pretrained saves, all of it"
+                f"weights: layers.{number}.{_OFFSET} is not among them, nor are v_proj and o_proj as floating-point"
+                " matrices, of which it is computed; load what save_pretrained saves, all of it"
             )
         site.offset_is_set = False
         site.has_variance_offset()  # looks at the buffer, which cannot be done while a graph is captured
