@@ -73,6 +73,12 @@ class _Site(nn.Module):
             nn.init.ones_(self.weight)
         nn.init.constant_(self.lam, self.initial_lam)
 
+    def _load_from_state_dict(self, state_dict: Dict[str, Any], prefix: str, *args: Any) -> None:
+        for key in (prefix + "lam", prefix + "variance_offset"):
+            if key in state_dict and state_dict[key].dim() == 0:  # offsets before 0.2, the authors' frozen lam
+                state_dict[key] = state_dict[key].reshape(1)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
     def extra_repr(self) -> str:
         return (
             f"{self.hidden_size}, lam={self.initial_lam}, kappa={self.kappa}, eps={self.eps}, "

@@ -89,10 +89,12 @@ class VarianceOffset(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         before, empty = self.variance_offset, self._is_empty()
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        if self.variance_offset.dtype != torch.float32:
-            self.variance_offset = before.to(self.variance_offset.device)
+        after = self.variance_offset
         if empty and not self._is_empty():  # to_empty: memory, but no value yet
             self._unset_offset()
+        elif not before.is_meta and after is not before:
+            if after.dtype != torch.float32 or type(after) is type(before):
+                self.variance_offset = before.to(after.device)  # the value stays, whatever a cast or to_empty made of it
         return self
 
     def _is_empty(self) -> bool:
@@ -103,8 +105,6 @@ class VarianceOffset(nn.Module):
         missing_keys: List[str], unexpected_keys: List[str], error_msgs: List[str],
     ) -> None:  # fmt: skip
         key = prefix + _NAME
-        if key in state_dict and state_dict[key].dim() == 0:  # saved before 0.2
-            state_dict[key] = state_dict[key].reshape(1)
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )

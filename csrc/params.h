@@ -1,4 +1,4 @@
-// What a kernel is given: raw pointers, sizes and row strides. No torch headers here or below.
+// What a kernel is given: raw pointers, sizes and row strides. No torch headers.
 #pragma once
 
 #include <cstdint>
@@ -6,10 +6,10 @@
 
 namespace bhyt {
 
-// Those of eight bits are for quantised outputs alone; f8 is float8_e4m3fn.
+// i8, u8 and f8 (float8_e4m3fn) are for quantised outputs alone.
 enum class DType : int8_t { f16, bf16, f32, f64, i8, u8, f8 };
 
-// The dtype arithmetic, statistics and sums over rows are done in.
+// The dtype of arithmetic, statistics and sums over rows.
 constexpr DType accumulate_dtype(DType stream) { return stream == DType::f64 ? DType::f64 : DType::f32; }
 
 constexpr int64_t size_of(DType t) {
@@ -23,15 +23,16 @@ struct Rows {
   int64_t stride = 0;
 };
 
-// A tensor of one element (lam, variance_offset) or of d elements (weight), read where it lives.
+// A tensor of one element (lam, variance_offset) or of d elements (weight), in its own dtype and memory.
 struct Values {
   const void* data = nullptr;
   DType dtype = DType::f32;
 };
 
-// One site, in the names of the formula:  a = lam / (kappa sqrt(v + offset + eps)),  y = weight * tanh(a x).
-// "branch" is the dtype of y (and of an added branch x), "stream" that of the row the statistics belong to;
-// they differ only when a narrow branch is added to a wider residual stream.
+// One site, in the names of the formula:  a = lam / (kappa sqrt(v + offset + eps)),  y = weight * tanh(a x). `branch`
+// is the dtype of y, `stream` that of the row that v is the mean square of. They differ only where a 16-bit branch is
+// added to a wider residual stream. x is named as the ops name it: the branch in a forward, the stream's row in a
+// backward.
 struct SiteParams {
   int64_t rows = 0;
   int64_t d = 0;
@@ -45,8 +46,8 @@ struct SiteParams {
   double eps = 1e-6;
 };
 
-// y in eight bits, q = saturate(round_half_even(y / scale) + zero_point) of the y before any rounding. A NaN is
-// zero_point, in f8 (whose zero_point is 0) NaN.
+// y in eight bits: q = saturate(round_half_even(y / scale) + zero_point), of y before any rounding. A NaN becomes
+// zero_point; in f8, whose zero_point is 0, it stays NaN.
 struct Quantization {
   DType dtype = DType::i8;
   double inverse_scale = 1;  // a normal float32
@@ -77,7 +78,7 @@ struct BackwardParams : SiteParams {
   void* grad_weight = nullptr;          // [d] weight.dtype, optional
   void* grad_lam = nullptr;             // one element of lam.dtype, optional
 
-  // Whether a gradient that is wanted takes S, the rows' sums of g x; whether one takes g.
+  // Whether a gradient that is wanted needs S, the sums of g x over rows; whether one needs g.
   bool needs_sums() const { return grad_lam || (exact ? grad_x : grad_variance_out); }
   bool needs_g() const { return grad_x || needs_sums(); }
 };

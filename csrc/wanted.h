@@ -7,7 +7,8 @@
 
 namespace bhyt {
 
-// How grad_x is made, if it is: from g at once at an approximate site; at an exact one from g and S, known behind the row.
+// How grad_x is made, if it is: from g at once at an approximate site; at an exact one from g and S, known behind the
+// row.
 enum class GradX { unwanted, at_once, after_sum };
 
 template <GradX grad_x_, bool sum_, bool grad_weight_>

@@ -34,7 +34,8 @@ try:
 
     from pretraining.distributed import Signals, World, connected, world_of_environment
     from pretraining_hf.arguments import parse_arguments, plan_of, settings_of
-    from pretraining_hf.data import HeldOut, Sequences, Source, Stream, evaluation, whole_batches
+    from pretraining_hf.data import HeldOut, Sequences, Stream, evaluation, whole_batches
+    from pretraining_hf.documents import Source
     from pretraining_hf.folder import checked_tokenizer, claim, ensure_tokenizer, note_run
     from pretraining_hf.plan import Plan, build_model, checkpoint_activations
     from pretraining_hf.presets import PRESETS, Preset
@@ -137,7 +138,7 @@ def pretrain(arguments: argparse.Namespace, settings: Preset, plan: Plan, world:
     training = training_arguments(arguments, settings, plan, len(held_out_sequences) // world.size, device)
     with Signals(world) as signals:
         trainer, stop = make_trainer(model, training, sequences, held_out_sequences, tokenizer, world,
-                                     arguments.refresh if plan.norm == "bhyt" else 0,
+                                     arguments.refresh if plan.norm == "bhyt" else 0, arguments.keep,
                                      lambda: signals.received)  # fmt: skip
         if checkpoint:
             say(f"resumes {checkpoint.name}", flush=True)
@@ -155,15 +156,22 @@ def pretrain(arguments: argparse.Namespace, settings: Preset, plan: Plan, world:
 
 def documents(arguments: argparse.Namespace, settings: Preset) -> tuple[Source, HeldOut, Any]:
     """What is trained on, what is not, and the texts to evaluate on."""
-    source = Source(arguments.data, arguments.field, arguments.data_config, arguments.split)
+    source = source_of(arguments.data, arguments, arguments.split)
     if not arguments.eval_data:
         held_out = HeldOut(settings.held_out)
         return source, held_out, (text for text in source.texts() if text in held_out)
-    other = Source(arguments.eval_data, arguments.field, arguments.data_config, arguments.eval_split)
-    texts = list(
-        islice(other.texts(), 100 * settings.eval_sequences)
-    )  # a document has a hundredth of a sequence at least
+    other = source_of(arguments.eval_data, arguments, arguments.eval_split)
+    # A document has a hundredth of a sequence at least.
+    texts = list(islice(other.texts(), 100 * settings.eval_sequences))
     return source, HeldOut(0.0, texts), texts
+
+
+def source_of(places: list[str], arguments: argparse.Namespace, split: str) -> Source:
+    """Says which files of the places are not read."""
+    source = Source(places, arguments.field, arguments.data_config, split)
+    if source.note and world_of_environment().writes:
+        print(source.note, flush=True)
+    return source
 
 
 def training_arguments(
@@ -181,7 +189,7 @@ def training_arguments(
         ignore_data_skip=True, prediction_loss_only=True,
         per_device_eval_batch_size=max(n for n in range(1, plan.micro_batch + 1) if eval_share % n == 0),
         eval_strategy="steps", eval_steps=arguments.eval_every or often, save_steps=arguments.save_every or often,
-        save_total_limit=arguments.keep, logging_steps=arguments.log_every, logging_nan_inf_filter=False,
+        logging_steps=arguments.log_every, logging_nan_inf_filter=False,
         report_to=["tensorboard"], disable_tqdm=True, ddp_find_unused_parameters=False,
         fsdp=True if arguments.fsdp else None, fsdp_config=str(arguments.fsdp) if arguments.fsdp else None,
         deepspeed=str(arguments.deepspeed) if arguments.deepspeed else None,

@@ -213,7 +213,7 @@ def test_folders_of_earlier_releases(tmp_path: Path) -> None:
     tensors = load_file(weights)
     del tensors["model.layers.1.post_attention_layernorm.lam"]
     save_file(tensors, weights, metadata={"format": "pt"})
-    with pytest.raises(RuntimeError, match=r"missing \['model.layers.1.post_attention_layernorm.lam'\]"):
+    with pytest.raises(RuntimeError, match="lack model.layers.1.post_attention_layernorm.lam"):
         hf.from_pretrained(tmp_path / "old")
 
 

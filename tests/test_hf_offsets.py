@@ -206,6 +206,20 @@ def test_functional_call() -> None:
     assert same_bits(outputs(model, ids()), expected)
 
 
+def test_tensors_without_values() -> None:
+    """Moving a layer looks at no number: there is none under FakeTensorMode."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    from test_hf import stock
+
+    with torch.device("meta"):
+        model = stock()
+        hf.convert(model, seq_len=32)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        model.to_empty(device="cpu").train().eval()
+    assert not any(layer.post_attention_layernorm.offset_is_set for layer in model.model.layers)
+
+
 # Adapters
 
 

@@ -42,7 +42,6 @@ NO_TABLE = {
     "transformers/tokenization_utils_tokenizers.py": "tokenizers saved by transformers 4 for a plain Mistral",
     "peft/peft_model.py": "for transformers before 4.38",
     "peft/tuners/tuners_utils.py": "a local variable, set by the names of attributes",
-    "accelerate/utils/dataclasses.py": "Megatron-LM builds a model of its own, without sites",
 }
 
 
@@ -192,7 +191,9 @@ def test_experts_are_kept(family: str, tmp_path: Path) -> None:
     fresh.save_pretrained(tmp_path / "fused", save_original_format=False)
     transformers.Trainer(model=fresh, args=transformers.TrainingArguments(
         str(tmp_path / "run"), report_to=[], use_cpu=True)).save_model(str(tmp_path / "trainer"))  # fmt: skip
-    keys = {folder: set(load_file(tmp_path / folder / "model.safetensors")) for folder in ("fresh", "fused")}
+    assert loaded_plain.config.model_type == f"bhyt_{plain.config.model_type}"
+    keys = {folder: set(load_file(tmp_path / folder / "model.safetensors")) for folder in ("fresh", "fused", "after a load")}
+    assert keys["after a load"] == keys["fresh"]
     assert any(".experts.3." in key for key in keys["fresh"]) and not any(".experts.3." in key for key in keys["fused"])
     for folder in ("fresh", "after a load", "fused", "trainer"):
         model, report = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / folder, output_loading_info=True)
@@ -204,6 +205,39 @@ def test_experts_are_kept(family: str, tmp_path: Path) -> None:
     config["model_type"] = config["model_type"].removeprefix("bhyt_")
     (tmp_path / "fresh" / "config.json").write_text(json.dumps(config))
     assert same_bits(outputs(hf.from_pretrained(tmp_path / "fresh"), ids()), expected)
+
+
+@pytest.mark.parametrize("family", EXPERTS)
+def test_experts_train_on(family: str, tmp_path: Path) -> None:
+    """A Trainer's run that is resumed from a checkpoint gives the bits of one that was not stopped."""
+    rows = [dict(input_ids=row, labels=row) for row in ids(batch=8)]
+
+    def run(model: nn.Module, **options: Any) -> nn.Module:
+        arguments = transformers.TrainingArguments(
+            str(tmp_path), max_steps=4, save_steps=2, per_device_train_batch_size=2, report_to=[], use_cpu=True,
+            disable_tqdm=True, learning_rate=1e-2, seed=1,
+        )  # fmt: skip
+        trainer = transformers.Trainer(model, arguments, train_dataset=rows, callbacks=[hf.refresh_callback(2)])
+        trainer.train(**options)
+        return model
+
+    whole = stock(family, **EXPERTS[family])
+    hf.convert(whole, seq_len=32)
+    run(whole)
+    checkpoint = tmp_path / "checkpoint-2"
+    resumed = run(transformers.AutoModelForCausalLM.from_pretrained(checkpoint), resume_from_checkpoint=str(checkpoint))
+    for (name, tensor), other in zip(whole.state_dict().items(), resumed.state_dict().values()):
+        assert same_bits(tensor, other), name
+
+
+def test_megatron_is_refused() -> None:
+    """accelerate would train Megatron-LM's Llama in the place of a model whose type contains "llama"."""
+    dataclasses = pytest.importorskip("accelerate.utils.dataclasses")
+    config = hf.BHyTLlamaConfig(**SIZES, seq_len=32)
+    config.to_dict()
+    first = next(p for name, p in dataclasses.MODEL_CONFIGS_TO_MEGATRON_PARSERS.items() if name in config.model_type)
+    with pytest.raises(NotImplementedError, match="Megatron-LM has no bhyt_llama"):
+        first(None, hf.BHyTLlamaForCausalLM(config), None)
 
 
 # Folders and configs
@@ -231,6 +265,16 @@ def test_numbers_without_a_dimension(options: Dict[str, Any], tmp_path: Path) ->
     assert narrow.dtype == torch.bfloat16
     for site, other in zip(sites(narrow), sites(model)):
         assert same_bits(site.variance_offset, other.variance_offset)
+
+
+def test_a_load_that_lacks_parameters(tmp_path: Path) -> None:
+    """Parameters of the layers that no file has are an error, which names them: they would be new."""
+    converted().save_pretrained(tmp_path)
+    file = tmp_path / "model.safetensors"
+    tensors = {n: t for n, t in load_file(file).items() if ".1.mlp." not in n}
+    save_file(tensors, file, metadata={"format": "pt"})
+    with pytest.raises(RuntimeError, match=r"its weights lack model.layers.1.mlp.down_proj.weight, .*BHyTLlamaForCausalLM"):
+        transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
 
 
 def sites(model: nn.Module) -> List[Any]:
@@ -278,6 +322,11 @@ def test_config_is_typed() -> None:
     config = hf.BHyTLlamaConfig(**SIZES, seq_len=32, input_layer_lam=3)
     with pytest.raises(Exception, match="seq_len"):
         config.seq_len = "abc"
+    mixtral = hf.BHyTMixtralConfig(seq_len=32)
+    mixtral.num_experts = 5  # another name of the base's for a field of its own
+    assert mixtral.num_local_experts == 5
+    with pytest.raises(ValueError, match="seq_len"):
+        hf.convert(stock(), seq_len=2.5)
     parameters = inspect.signature(hf.BHyTLlamaConfig).parameters
     assert {"seq_len", "input_layer_lam", "norm_type", "hidden_size"} <= parameters.keys()
     assert hf.BHyTLlamaConfig.from_dict(config.to_dict()).to_dict() == config.to_dict()

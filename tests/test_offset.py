@@ -135,3 +135,12 @@ def test_casting_a_model_keeps_the_offset() -> None:
             .to(torch.float64 if dtype == torch.float64 else torch.float32)
         )
         assert site(x, v).dtype == dtype
+
+
+def test_to_empty_leaves_no_number_in_an_offset() -> None:
+    """Undefined memory is no offset: an unset one stays unset, a set one keeps its number."""
+    site = bhyt.BHyTApprox(D).to_empty(device="cpu")
+    assert site.variance_offset.isnan() and not site.has_variance_offset()
+    site = ready(bhyt.BHyTApprox)
+    offset = site.variance_offset.clone()
+    assert same_bits(site.to_empty(device="cpu").variance_offset, offset)

@@ -13,9 +13,24 @@ from test_pretrain_hf import corpus, no_network  # noqa: F401  (fixtures; skips 
 
 import datasets
 import pretrain_hf
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import AddedToken, ByT5Tokenizer, PreTrainedTokenizerFast
+
 from pretraining.distributed import World
 from pretraining_hf import data as data_module
-from pretraining_hf.data import HeldOut, Sequences, Source, Stream, example, pack, tokens_of, train_tokenizer
+from pretraining_hf.data import (
+    HeldOut,
+    Sequences,
+    Stream,
+    evaluation,
+    example,
+    load_tokenizer,
+    pack,
+    tokens_of,
+    train_tokenizer,
+)
+from pretraining_hf.documents import Source
+from pretraining_hf.folder import checked_tokenizer
 from pretraining_hf.presets import PRESETS
 from pretraining_hf.train import load_position
 
@@ -37,6 +52,87 @@ def test_packing(tokenizer: Any) -> None:
         assert np.array_equal(np.concatenate((sequences.ravel(), left)), tokens)
     row = example(pack(np.arange(10), 5)[0][1])
     assert row["input_ids"].tolist() == row["labels"].tolist() == [5, 6, 7, 8, 9] and row["labels"].dtype == torch.int64
+
+
+def tokenizer_of(kind: str, tokenizer: Any, folder: Path) -> str:
+    """A folder with a user's tokenizer."""
+    backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+    if kind == "another end":  # which the file calls an ordinary added token
+        backend.add_tokens(["<end>"])
+        made = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<end>", bos_token="<begin>")
+    elif kind == "more special tokens":
+        made = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|endoftext|>", pad_token="[PAD]",
+                                       extra_special_tokens=["<|user|>", "<image>"])  # fmt: skip
+        made.add_tokens([AddedToken("<|reserved|>", special=True), AddedToken("<tool>", special=False), "  "])
+    elif kind == "not fast":
+        made = ByT5Tokenizer(extra_ids=3)
+    else:
+        words = {"<unk>": 0, "</s>": 1, "a": 2, "b": 3}
+        unigram = models.Unigram([(word, -5.0 if word in "ab" else 0.0) for word in words], unk_id=0)
+        backend = Tokenizer(unigram if kind == "unigram" else models.WordLevel(words, unk_token="<unk>"))
+        backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+        made = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>", unk_token="<unk>")
+    made.save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.mark.parametrize("kind", ["trained", "another end", "more special tokens", "not fast"])
+def test_special_tokens_in_text_are_text(kind: str, tokenizer: Any, tmp_path: Path) -> None:
+    """Of any tokenizer, to train on and to evaluate on: a document ends where it ends, and its tokens give it back;
+    ordinary added tokens stay what they are, and the folder that is saved again reads special tokens as before."""
+    place = tokenizer_of(kind, tokenizer, tmp_path / "user") if kind != "trained" else str(tmp_path / "user")
+    if kind == "trained":
+        tokenizer.save_pretrained(place)
+    loaded = load_tokenizer(place)
+    assert loaded.is_fast == (kind != "not fast")
+    added = loaded.added_tokens_decoder.values()
+    special = {*loaded.all_special_tokens, *(str(token) for token in added if token.special)}
+    spelled = [text for token in sorted(special) for text in (token, f"one{token}two", f" {token} {token}")]
+    path = tmp_path / "data.jsonl"
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in spelled))
+    end = loaded.eos_token_id
+    texts = list(Source([str(path)]).texts())
+    trained_on = taken(Stream(Source([str(path)]), 0, 1, loaded, len(tokens_of(texts, loaded)), HeldOut()), 1)[0]
+    evaluated = evaluation(texts, loaded, len(trained_on), 1)[0]["input_ids"].tolist()
+    numbers = set(loaded.convert_tokens_to_ids(sorted(special))) - {end}
+    for tokens in (trained_on, evaluated):
+        ends = [i for i, token in enumerate(tokens) if token == end]
+        documents = [loaded.decode(tokens[i + 1 : j]) for i, j in zip([-1, *ends], ends)]
+        assert sorted(documents) == sorted(spelled) and not numbers.intersection(tokens)
+    if kind == "more special tokens":
+        ordinary = loaded.convert_tokens_to_ids(["<tool>", "  "])
+        assert tokens_of(["<tool>  "], loaded).tolist() == [*ordinary, end]
+    loaded.save_pretrained(tmp_path / "again")
+    assert load_tokenizer(str(tmp_path / "again"))(f"a{loaded.eos_token}")["input_ids"].count(end) >= 1
+
+
+@pytest.mark.parametrize("kind", ["unigram", "words"])
+def test_tokenizers_that_cannot_tell(kind: str, tokenizer: Any, tmp_path: Path) -> None:
+    """A tokenizer whose model has a special token as a word of text is refused in one line."""
+    place = tokenizer_of(kind, tokenizer, tmp_path / "user")
+    with pytest.raises(SystemExit, match="takes '</s>' in a text for its special token") as error:
+        load_tokenizer(place)
+    assert "\n" not in str(error.value) and str(error.value).startswith(place)
+
+
+def test_ids_beyond_the_embedding(tokenizer: Any, tmp_path: Path) -> None:
+    """What counts is the largest id, of added tokens too, not how many there are: one line, before a model is built."""
+    count = len(tokenizer)
+    holes = json.loads(tokenizer.backend_tokenizer.to_str())
+    holes["model"]["vocab"]["zz"] = 999
+    for name, backend, largest in (("holes", Tokenizer.from_str(json.dumps(holes)), 999),
+                                   ("added", tokenizer.backend_tokenizer, count)):  # fmt: skip
+        made = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|endoftext|>")
+        if name == "added":
+            made.add_tokens(["<tool>"])
+        place = str(tmp_path / name)
+        made.save_pretrained(place)
+        assert len(made) == count + 1 and max(made.get_vocab().values()) == largest
+        expected = f"--vocab-size: expected at least the {count + 1} tokens of {place}, whose largest id is {largest}"
+        with pytest.raises(SystemExit) as error:
+            checked_tokenizer(place, largest)
+        assert str(error.value) == f"{expected}, got {largest}"
+        assert len(checked_tokenizer(place, largest + 1)) == count + 1
 
 
 def write(folder: Path, kind: str, texts: list[str]) -> list[str]:

@@ -1,5 +1,5 @@
 """examples/pretrain_hf.py in miniature: two processes train what one trains, are stopped, go on; the plan, and what is
-refused. Its data: test_pretrain_data.py."""
+refused. Its data: test_pretrain_documents.py, test_pretrain_data.py."""
 
 import itertools
 import json
@@ -27,11 +27,12 @@ from pages import blocks  # noqa: E402
 
 import bhyt  # noqa: E402
 from pretraining.distributed import World  # noqa: E402
-from pretraining_hf import data as data_module  # noqa: E402
-from pretraining_hf.data import HeldOut, Source, evaluation  # noqa: E402
+from pretraining_hf import documents as documents_module  # noqa: E402
+from pretraining_hf.data import HeldOut, evaluation  # noqa: E402
+from pretraining_hf.documents import Source  # noqa: E402
 from pretraining_hf.plan import Plan, build_model, checkpoint_activations  # noqa: E402
 from pretraining_hf.presets import PRESETS  # noqa: E402
-from pretraining_hf.train import StreamTrainer  # noqa: E402
+from pretraining_hf.train import StreamTrainer, last_checkpoint  # noqa: E402
 
 TINY = (
     "--steps 9 --batch 8 --seq-len 48 --warmup 2 --vocab-size 512 --eval-sequences 16 --streams 2 --refresh 2 "
@@ -53,9 +54,8 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     if sample.exists():
         lines = sample.read_text().splitlines()[:400]
     else:
-        lines = [
-            json.dumps({"text": row["text"][:2000]}) for row in itertools.islice(data_module._python_sources(), 400)
-        ]
+        rows = itertools.islice(documents_module._python_sources(), 400)
+        lines = [json.dumps({"text": row["text"][:2000]}) for row in rows]
     path = tmp_path_factory.mktemp("corpus") / "corpus.jsonl"
     path.write_text("\n".join(lines) + "\n")
     return path
@@ -81,9 +81,11 @@ def assert_same_losses(actual: Path, expected: Path, tolerance: float) -> None:
 
 @pytest.fixture(scope="session")
 def whole(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """One process, all steps without a pause."""
+    """One process, all steps without a pause. Its training and evaluation build no cache."""
     out = tmp_path_factory.mktemp("whole") / "out"
-    assert run(corpus, out) == 0
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(transformers.models.llama.modeling_llama, "DynamicCache", None)
+        assert run(corpus, out) == 0
     return out
 
 
@@ -155,6 +157,43 @@ def test_the_model_that_is_left(corpus: Path, whole: Path) -> None:
     assert len(rows) == 16 and abs(loss - losses[-1]) < 1e-5 and losses[-1] < losses[0] - 0.2
 
 
+def test_saved_configs_are_those_of_a_model_to_use(whole: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing that only training wants is saved, in the model's folder and in checkpoints: generate reads its cache."""
+    fresh = transformers.LlamaConfig(**PRESETS["tiny"].shape)
+    training = {"vocab_size", "max_position_embeddings", "bos_token_id", "eos_token_id", "pad_token_id", "dtype"}
+    for folder in (whole / "model", whole / "checkpoint-3"):
+        config = transformers.AutoConfig.from_pretrained(folder)
+        described = {"model_type", "architectures", "transformers_version", "_name_or_path", *training}
+        differing = {name for name, value in fresh.to_dict().items() if getattr(config, name, value) != value}
+        assert config.use_cache is True and differing <= described, differing
+        generation = transformers.GenerationConfig.from_pretrained(folder)
+        assert generation.use_cache is not False
+
+        model, widths = transformers.AutoModelForCausalLM.from_pretrained(folder), []
+        model.model.embed_tokens.register_forward_pre_hook(lambda _, args: widths.append(args[0].shape[1]))
+        model.generate(torch.arange(7)[None], max_new_tokens=4, min_new_tokens=4, pad_token_id=0)
+        assert widths == [7, 1, 1, 1]
+
+
+def test_old_checkpoints_with_later_times(corpus: Path, whole: Path, tmp_path: Path) -> None:
+    """What is kept goes by steps: a copied run's times say nothing. The newest whole checkpoints stay, folders of
+    other names stay, one that is not whole does not count, and goes."""
+    out = tmp_path / "out"
+    shutil.copytree(whole, out)
+    shutil.rmtree(out / "model")
+    shutil.copytree(out / "checkpoint-3", out / "checkpoint-1")
+    shutil.copytree(out / "checkpoint-3", out / "checkpoint-3-mine")
+    for unfinished in ("checkpoint-9", "checkpoint-8"):
+        shutil.rmtree(out / unfinished, ignore_errors=True)
+        (out / unfinished).mkdir()
+    for folder in out.glob("checkpoint-*"):
+        os.utime(folder, (2**31, 2**31))
+    assert run(corpus, out, "--resume", "--keep", "2") == 0
+    assert {path.name for path in out.glob("checkpoint-*")} == {"checkpoint-6", "checkpoint-9", "checkpoint-3-mine"}
+    assert (out / "checkpoint-9" / "data.json").exists() and last_checkpoint(out) == out / "checkpoint-9"
+    assert_same_losses(out, whole, 0)
+
+
 def test_bfloat16_and_accumulation(corpus: Path, tmp_path: Path) -> None:
     """Exact sites, activations computed again: the loss of a batch is that of its parts; weights stay float32."""
     losses = []
@@ -175,6 +214,7 @@ def test_bfloat16_and_accumulation(corpus: Path, tmp_path: Path) -> None:
     assert losses[0] == pytest.approx(losses[1], abs=2e-3)  # bfloat16 rounds other sums
     model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "8" / "model")
     assert model.dtype == torch.float32 and sites_of(model) == [bhyt.BHyT] * 8
+    assert model.config.use_cache is True
 
 
 def sites_of(model: torch.nn.Module) -> list[type]:
@@ -243,7 +283,7 @@ def test_memory_is_counted() -> None:
         ids = torch.zeros(4, 32, dtype=torch.int64)
         hooks = torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor)
         with hooks, torch.autocast("cpu", torch.bfloat16, enabled=bf16):
-            model(input_ids=ids, labels=ids)
+            model(input_ids=ids, labels=ids, use_cache=False)
         for parameter in model.parameters():
             kept.pop(parameter.untyped_storage().data_ptr(), None)
         saved = sum(tensor.untyped_storage().nbytes() for tensor in kept.values())

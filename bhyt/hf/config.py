@@ -24,7 +24,6 @@ def strict(cls: Any) -> Any:
     return _validated(cls) if _validated is not None and hasattr(cls, "__dataclass_fields__") else cls
 
 
-@strict
 @dataclass(repr=False, eq=False, kw_only=True)
 class SiteFields:
     """The fields that a BHyT model's config has more than its base's; see `bhyt.hf.convert`. Names are the authors'."""
@@ -42,6 +41,18 @@ class SiteFields:
 
 
 SITE_FIELDS = tuple(field.name for field in fields(SiteFields))
+_CheckedFields = strict(dataclass(kw_only=True)(type("_CheckedFields", (SiteFields,), {})))
+
+
+def check_types(sites: SiteFields) -> None:
+    """
+    Raises:
+        ValueError: a field of a wrong type.
+    """
+    try:
+        _CheckedFields(**vars(sites))
+    except Exception as error:  # huggingface_hub's own
+        raise ValueError(" ".join(str(error).split())) from None
 
 
 class BHyTConfigMixin(SiteFields):
@@ -53,11 +64,9 @@ class BHyTConfigMixin(SiteFields):
 
         def __init__(self, **kwargs: Any) -> None:
             sites = SiteFields(**{name: kwargs.pop(name) for name in SITE_FIELDS if name in kwargs})
+            check_types(sites)
             super(SiteFields, self).__init__(**kwargs)
             vars(self).update(vars(sites))
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        super(SiteFields, self).__setattr__(name, value)  # the base's, which knows other names of fields
 
     def site_fields(self) -> SiteFields:
         return SiteFields(**{name: getattr(self, name) for name in SITE_FIELDS})

@@ -84,6 +84,7 @@ def convert(
         )
     sites = plan.install(config, warm_start)
     config.__class__ = converted_class
+    vars(config).pop("model_type", None)  # of a loaded config, in front of the class's
     for name in SITE_FIELDS:
         setattr(config, name, getattr(plan.fields, name))
     adopt(model, config)

@@ -1,10 +1,8 @@
 """Folders that do not name a BHyT model type: the authors' checkpoints, and what earlier releases here saved."""
 
-from pathlib import Path
-from typing import Any, Dict, Optional
+from typing import Any
 
 from transformers import AutoConfig, AutoModelForCausalLM
-from transformers.models.auto import modeling_auto
 
 from bhyt.hf.config import BHyTConfigMixin
 from bhyt.hf.families import config_class
@@ -36,12 +34,7 @@ def from_pretrained(path: Any, **options: Any) -> Any:
     config = AutoConfig.from_pretrained(path, **{name: options[name] for name in _HUB_OPTIONS if name in options})
     if not isinstance(config, BHyTConfigMixin):
         config = _translated(config)
-    weights = None if config.learnable_lam else _with_lam_of_one_dimension(path)
-    if weights is None:
-        loader, source = AutoModelForCausalLM, path
-    else:  # transformers takes either weights or a path, and the Auto classes a path only
-        loader, source, options["state_dict"] = modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING[type(config)], None, weights
-    model, report = loader.from_pretrained(source, config=config, output_loading_info=True, **options)
+    model, report = AutoModelForCausalLM.from_pretrained(path, config=config, output_loading_info=True, **options)
     missing, unexpected = sorted(report["missing_keys"]), sorted(report["unexpected_keys"])
     if missing or unexpected:
         raise RuntimeError(f"{path}: missing {missing}, unexpected {unexpected}")
@@ -59,22 +52,6 @@ def _translated(config: Any) -> Any:
     fields = {name: value for name, value in config.to_dict().items() if name != "model_type" and value is not None}
     fields.setdefault("bhyt_eps", 1e-6)  # that of the authors' code, which has no such field
     return config_class(config.model_type)(**fields)
-
-
-def _with_lam_of_one_dimension(path: Any) -> Optional[Dict[str, Any]]:
-    """The weights, if there is a frozen lam among them as the authors save it, without a dimension."""
-    from safetensors import safe_open
-    from safetensors.torch import load_file
-
-    files = sorted(Path(path).glob("*.safetensors"))
-    for file in files:
-        with safe_open(file, framework="pt") as weights:
-            if any(name.endswith(".lam") and not weights.get_slice(name).get_shape() for name in weights.keys()):
-                break
-    else:
-        return None
-    tensors = {name: tensor for file in files for name, tensor in load_file(file).items()}
-    return {name: tensor.reshape(1) if name.endswith(".lam") else tensor for name, tensor in tensors.items()}
 
 
 def load_authors_checkpoint(path: Any, **options: Any) -> Any:

@@ -83,13 +83,26 @@ class BHyTModelMixin(nn.Module):
         super().save_pretrained(*args, **kwargs)  # type: ignore[misc]
 
     @classmethod
-    def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
-        loaded = super().from_pretrained(*args, **kwargs)  # type: ignore[misc]
-        model = loaded[0] if isinstance(loaded, tuple) else loaded
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: Any = None, *args: Any, output_loading_info: bool = False, **kwargs: Any
+    ) -> Any:
+        """As of the base.
+
+        Raises:
+            RuntimeError: the files lack parameters of the layers, which would be new ones.
+        """
+        path = pretrained_model_name_or_path
+        load: Any = super().from_pretrained  # type: ignore[misc]
+        model, report = load(path, *args, output_loading_info=True, **kwargs)
+        layers = tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, ConvertedLayer))
+        missing = sorted(key for key in report["missing_keys"] if key.startswith(layers))
+        if missing and path is not None:
+            more = f" and {len(missing) - 4} more" if len(missing) > 4 else ""
+            raise RuntimeError(f"{path}: its weights lack {', '.join(missing[:4])}{more} of {cls.__name__}")
         settle(model)
         if getattr(model.config, "bhyt_quantization", None):
             model.requires_grad_(False)  # loading made new Parameters
-        return loaded
+        return (model, report) if output_loading_info else model
 
     @classmethod
     def register_for_auto_class(cls, auto_class: str = "AutoModel") -> None:

@@ -196,7 +196,7 @@ class LayerOffset:
         """Take the offset in the buffer, if there is one, for that of the layer as it is: they were loaded, moved or copied
         together. known: False where it was not before."""
         self._values, self._current, self._rows, self._stale = {}, None, None, not known
-        if _is_its_own(layer) and active_site(layer.post_attention_layernorm).has_variance_offset():
+        if active_site(layer.post_attention_layernorm).offset_is_set and _is_its_own(layer):
             self._note(layer, Sources(layer), known)
 
     def look(self) -> None:

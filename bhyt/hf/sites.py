@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from bhyt.hf.checks import check_attention, check_layer, check_norm
-from bhyt.hf.config import SiteFields
+from bhyt.hf.config import SiteFields, check_types
 from bhyt.hf.layer import PARTS, after_loading, decoder_layers, layer_class
 from bhyt.modules import BHyT, BHyTApprox
 
@@ -26,6 +26,7 @@ class Plan:
     """
 
     def __init__(self, model: nn.Module, fields: SiteFields) -> None:
+        check_types(fields)
         if fields.norm_type not in NORM_TYPES:
             raise ValueError(f"norm_type: expected one of {', '.join(NORM_TYPES)}, got {fields.norm_type!r}")
         if fields.var_approx_exact_layers < 0:

@@ -25,6 +25,7 @@ MODULES = (
     "peft.utils.constants",
     "peft.utils.transformers_weight_conversion",
     "peft.tuners.adaption_prompt.config",
+    "accelerate.utils.dataclasses",
 )
 # Tables in them that BHyT is left out of, and why.
 LEFT_OUT = {
@@ -89,10 +90,23 @@ def extend_imported() -> None:
         if module is None or name in _extended:
             continue
         _extended.append(name)
+        if hasattr(module, "MODEL_CONFIGS_TO_MEGATRON_PARSERS"):
+            _refuse_megatron(module.MODEL_CONFIGS_TO_MEGATRON_PARSERS)
         for table_name, table in vars(module).items():
             if table_name not in LEFT_OUT:
                 for base, config in _families.items():
                     _extend(table, base, config.model_type)
+
+
+def _refuse_megatron(parsers: Dict[str, Any]) -> None:
+    """accelerate takes the first of these names that a model type contains, and builds Megatron's own model: a Llama."""
+
+    def refuse(plugin: Any, model: Any, batch: Any) -> None:
+        raise NotImplementedError(f"model: Megatron-LM has no {model.config.model_type}, and would train another model")
+
+    others = dict(parsers)
+    parsers.clear()
+    parsers.update({"bhyt_": refuse} | others)
 
 
 def _extend(table: Any, base: str, ours: str) -> None:
@@ -125,4 +139,4 @@ class _OneDimension(ConversionOps):  # type: ignore[misc]
 
 
 def _numbers() -> List[Any]:
-    return [WeightConverter(name, name, operations=[_OneDimension()]) for name in ("variance_offset", r"layernorm.lam")]
+    return [WeightConverter(name, name, operations=[_OneDimension()]) for name in ("variance_offset", "norm.lam")]

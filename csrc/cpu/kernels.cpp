@@ -1,4 +1,4 @@
-// Picks the table of an instruction set.
+// Which table of kernels a call gets.
 #include "kernels.h"
 
 #include <cstdlib>
@@ -7,8 +7,9 @@
 
 namespace bhyt::cpu {
 
-std::vector<const Kernels*> runnable_kernels() {
+std::vector<const Kernels*> runnable_kernels(DType stream) {
   std::vector<const Kernels*> tables = {&baseline::kernels};
+  if (stream == DType::f64) return tables;
 #if defined(__x86_64__)
   if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma") || !__builtin_cpu_supports("f16c"))
     return tables;

@@ -1,4 +1,4 @@
-// The CPU kernel layer as its binding sees it: one table of functions per instruction set. No torch headers.
+// The CPU kernels as their binding sees them: one table of functions per instruction set. No torch headers.
 #pragma once
 
 #include <cstdint>
@@ -8,45 +8,52 @@
 
 namespace bhyt::cpu {
 
-// Rows of a backward are worked in fixed chunks: partial sums for grad_weight and grad_lam are per chunk and added in
-// chunk order, so that neither depends on the number of threads.
+// A backward works on its rows in chunks. Sums for grad_weight and grad_lam are kept per chunk and added in the order
+// of the chunks, so that neither depends on the number of threads.
 struct Chunks {
   int64_t rows_per_chunk;
   int64_t count;
 };
 
-// At most 384 chunks bound the partials at 1.5 KB x d, and share out among 48, 64, 96, 128 or 192 threads; at least 8
-// rows keep a partial row's own traffic, one write and one read, under a tenth of the rows'.
+// At most 384 chunks: that bounds the sums at 1.5 KB x d and divides evenly among 48, 64, 96, 128 or 192 threads. At
+// least 8 rows in each: writing and reading a row of sums then takes less than a tenth of the rows' own traffic.
 constexpr Chunks chunks_of(int64_t rows) {
   const int64_t per_chunk = rows <= 8 * 384 ? 8 : (rows + 383) / 384;
   return {per_chunk, (rows + per_chunk - 1) / per_chunk};
 }
 
-// What a backward writes for itself; null where nothing is kept there. Of numbers for rows: the accumulate dtype.
-struct Scratch {
-  void* weight = nullptr;  // [chunks, d], a sum per chunk: where grad_weight is wanted
-  double* lam = nullptr;   // [chunks], likewise: where grad_lam is
-  void* g = nullptr;       // [d], of one thread: at an exact site where grad_x is
+// The weight in the form that the row kernels read, [d]: accumulate dtype, in the order of the lanes. Without a weight
+// all ones, by which a product is exact.
+struct PreparedWeight {
+  const void* data = nullptr;
 };
 
-// Of the columns of grad_weight: a multiple of every table's bfloat_block, and lines of memory to themselves.
+// What a backward writes for itself, in the accumulate dtype and the order of the lanes. Null where nothing is kept.
+struct Scratch {
+  void* weight = nullptr;  // [chunks, d]: the sums of each chunk, where grad_weight is wanted
+  double* lam = nullptr;   // [chunks]: likewise, where grad_lam is wanted
+  void* g = nullptr;       // [d], each thread's own: where grad_x of an exact site is wanted
+};
+
+// Columns of grad_weight are summed in blocks of so many: a multiple of every table's bfloat_block, and lines of memory
+// that no two threads share.
 constexpr int64_t kColumnBlock = 64;
 
 struct Kernels {
   const char* name;
-  // Rows of bf16 take the gain, and keep the partial sums, in blocks of so many elements: first those of even index,
-  // then those of odd; a last block that is not whole, and blocks of 1, are in plain order.
+  // The order of the lanes for rows of bf16: in blocks of so many elements, first those of even index, then those of
+  // odd index. A last block that is not whole is in plain order, and so is everything where this is 1.
   int64_t bfloat_block;
-  // weight [d] as `widen` makes it; null for a backward that needs no g. Rows [begin, end).
-  void (*forward)(const ForwardParams&, const void* weight, int64_t begin, int64_t end);
-  // Chunks [begin, end).
-  void (*backward)(const BackwardParams&, const void* weight, const Scratch&, int64_t begin, int64_t end);
-  // Columns [begin, end) of grad_weight from the partials, in chunk order; begin is a multiple of kColumnBlock.
+  // Writes the weight to `memory` in the form that the row kernels read. For quantised outputs it is divided by the
+  // scale and clamped to finite numbers; for integers a NaN becomes 0.
+  PreparedWeight (*prepare_weight)(const SiteParams&, const Quantization*, void* memory);
+  // Rows [begin, end).
+  void (*forward)(const ForwardParams&, PreparedWeight, int64_t begin, int64_t end);
+  // Chunks [begin, end). The weight may be null where needs_g() is false.
+  void (*backward)(const BackwardParams&, PreparedWeight, const Scratch&, int64_t begin, int64_t end);
+  // Columns [begin, end) of grad_weight, the sums of the chunks in order; begin is a multiple of kColumnBlock.
   void (*sum_weight)(const BackwardParams&, const Scratch&, int64_t begin, int64_t end);
   void (*sum_lam)(const BackwardParams&, const Scratch&);
-  // A gain of any dtype, ones if it has no data, in the accumulate dtype and the order of rows of `stream`; for eight
-  // bits over their scale and without infinities, for integers without NaN.
-  void (*widen)(const Values& from, DType stream, const Quantization*, int64_t n, void* to);
 };
 
 // One table per instruction set, each from the kernels_*.cpp of its name.
@@ -63,8 +70,9 @@ namespace neon {
 extern const Kernels kernels;
 }
 
-// Tables this CPU can run, plainest first.
-std::vector<const Kernels*> runnable_kernels();
+// The tables that this CPU can run for rows of a stream, plainest first. Rows of float64 spend nearly all of their time
+// in libm, so the baseline alone has them.
+std::vector<const Kernels*> runnable_kernels(DType stream = DType::f32);
 
 // The best of `runnable` within a capability as at::get_cpu_capability() names it: "AVX512", "AVX2", anything else for
 // the plainest. It may name more than the CPU has: torch believes ATEN_CPU_CAPABILITY. On AArch64 it says "DEFAULT" of

@@ -1,4 +1,4 @@
-// The rows in AVX-512.
+// The kernels in AVX-512.
 #include "tier.h"
 
 #if defined(__x86_64__)
@@ -15,11 +15,13 @@ namespace {
 #define BHYT_AVX512
 #include "vec-inl.h"
 #include "tanh-inl.h"
-#include "rows-inl.h"
+#include "loops-inl.h"
+#include "forward-inl.h"
+#include "backward-inl.h"
 #include "table-inl.h"
 }  // namespace
 
-constinit const Kernels kernels = {"avx512", kBfloatBlock, forward, backward, sum_weight, sum_lam, widen_values};
+constinit const Kernels kernels = {"avx512", kBfloatBlock, prepare_weight, forward, backward, sum_weight, sum_lam};
 }  // namespace bhyt::cpu::avx512
 
 #if defined(__clang__)

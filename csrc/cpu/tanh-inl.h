@@ -5,8 +5,9 @@
 //                                              t needs it (absolute), since E's own relative error fades with 1/E
 //   slope      1 - t^2 = s (2 - s), s = 2 e / (1 + e), e = exp(-2|z|): does not cancel
 //
-// A group of registers whose arguments are all below 1 takes the first line only, at a third of the cost. For normal
-// rows at lam = 2, kappa = 10 those are all but 6e-7. The choice hangs on a row's values and positions alone.
+// A group of registers whose arguments are all below 1 takes the first line only, at a third of the cost. In rows of a
+// normal distribution at lam = 2, kappa = 10 all but 6e-7 of the arguments are. The choice depends on nothing but the
+// values of the row and where they stand in it.
 //
 // Contract, for outputs rounded to:
 //   float     at most 2.5 ulp over all floats
@@ -14,20 +15,22 @@
 //   bf16      relative error at most 2^-13, a thirtieth of an ulp of the result
 //   double    libm's
 //   integer8, float8     an error of q's argument below 1e-4 of a step
-// tanh(+-0) = +-0, tanh(+-inf) = +-1, tanh(NaN) = NaN, |t| <= 1 always. tests/cpp/tanh_sweep.cpp: all floats.
+// tanh(+-0) = +-0, tanh(+-inf) = +-1, tanh(NaN) = NaN, |t| <= 1 always. tests/cpp/tanh_sweep.cpp checks all floats.
 
-// Coefficients by output type: small in powers of z^2, large in powers of |z|; E = large^power.
+// Coefficients by output type: `small` of powers of z^2, `large` of powers of |z|. E is the polynomial `large`, squared
+// `squarings` times.
 template <typename T>
 struct TanhOf;
 
+// Relative 2^-23.6, absolute 2^-27.2; `large` is moved by single ulps for the least error after rounding.
 template <>
-struct TanhOf<float> {  // relative 2^-23.6, absolute 2^-27.2; large nudged by single ulps to minimise the rounded error
+struct TanhOf<float> {
   static constexpr double small[] = {-0.3333298677986719,  0.13326408879088514,   -0.05349870775341638,
                                      0.020359759510049612, -0.006259339355589533, 0.001058264623937163};
   static constexpr double large[] = {0x1.ffe98ap-1, 0x1.005ea6p-1,  0x1.fac8bcp-4,   0x1.69592p-6,
                                      0x1.f51548p-10, 0x1.03d128p-11, -0x1.91e498p-16, 0x1.8b561p-18};
   static constexpr int squarings = 2;
-  static constexpr double largest = 9.2;  // tanh rounds to 1 from 9.01 on
+  static constexpr double largest = 9.2;  // from 9.01 on tanh is rounded to 1
 };
 
 template <>
@@ -45,12 +48,12 @@ struct TanhOf<bf16> : TanhOf<f16> {  // relative 2^-13.3
   static constexpr double small[] = {-0.33133202694824126, 0.12027153968939856, -0.027419843886004918};
 };
 
-// q changes with relative errors of 2^-20: of 127 steps a ten-thousandth.
+// A relative error of 2^-20 moves q by a ten-thousandth of a step where there are 127 steps.
 template <>
 struct TanhOf<integer8> : TanhOf<float> {};
 
-// In sums over rows the errors of single values do not average out: 16-bit types take a finer t in the backward, so
-// that gradients of weight and lam keep within 1e-5.
+// The errors of single values do not average out in sums over rows. So the backward of 16-bit rows takes a finer t,
+// which keeps the gradients of weight and lam within 1e-5.
 struct SummedNarrow;
 
 template <>
@@ -59,7 +62,7 @@ struct TanhOf<SummedNarrow> {  // relative 2^-20.5
                                      0.01690641583674156, -0.003126581037590383};
 };
 
-// 16 steps to a power of two take this too.
+// float8 has 16 steps to a power of two: this accuracy is enough.
 template <>
 struct TanhOf<float8> : TanhOf<float> {
   static constexpr auto& small = TanhOf<SummedNarrow>::small;
@@ -84,7 +87,8 @@ inline typename V::F tanh_from_1(typename V::F z) {
   return V::copy_sign(V::sub(V::set1(1), s), z);
 }
 
-// exp(-2 a) for a >= 0, relative error 2e-7 down to the subnormals; 0x1.62e4p-1 has bits to spare for n's.
+// exp(-2 a) for a >= 0, with a relative error of 2e-7 down to the subnormals. 0x1.62e4p-1 is ln 2 with so few bits that
+// its product with n is exact.
 template <typename V>
 inline typename V::F exp_of_minus_twice(typename V::F a) {
   static constexpr double c[] = {1.0,
@@ -101,9 +105,9 @@ inline typename V::F exp_of_minus_twice(typename V::F a) {
   return V::scale(horner<V>(c, r), n);
 }
 
-// tanh of the elements x of one row times its a, which stands in the coefficients: t = x (a + x^2 Q(x^2)), where
-// Q(u) = a^3 P(a^2 u), is a product less than z = a x first. x (..), not a x + .., which would lose the sign of -0.
-// Where the powers of a leave float's normal numbers (`takes`), x is scaled first: folds is false.
+// tanh(a x) for the elements x of one row. The row's a is part of the coefficients: t = x (a + x^2 Q(x^2)) with
+// Q(u) = a^3 P(a^2 u) takes a product less than z = a x. The form x (..) keeps the sign of -0; a x + .. would lose it.
+// takes(a) says whether the powers of a are normal floats. Where they are not, x is scaled first: folds is false.
 template <typename V, typename T, bool folds = true>
 class RowTanh {
   using F = typename V::F;
@@ -124,13 +128,13 @@ class RowTanh {
     for (int i = 0; i < n; ++i, power *= a * a) q_[i] = V::set1(c[i] * power);
   }
 
-  // t[k] = tanh(a x[k]). False if all of them are small; a NaN is not.
+  // t[k] = tanh(a x[k]). Returns false if all arguments are small; a NaN is not.
   template <int K>
   [[gnu::always_inline]] bool operator()(const F (&given)[K], F (&t)[K]) const {
     F x[K], squared[K];
     for (int k = 0; k < K; ++k) x[k] = argument(given[k]), squared[k] = V::mul(x[k], x[k]);
     if (V::any_from(squared, limit_)) [[unlikely]] {
-      F z[K], any_t[K];  // copies: only these have addresses
+      F z[K], any_t[K];  // copies, so that given and t need no addresses and stay in registers
       for (int k = 0; k < K; ++k) z[k] = V::mul(a_, x[k]);
       any(z, any_t);
       for (int k = 0; k < K; ++k) t[k] = any_t[k];
@@ -140,7 +144,7 @@ class RowTanh {
     return false;
   }
 
-  // And slope[k] = 1 - t[k]^2.
+  // The same, and slope[k] = 1 - t[k]^2.
   template <int K>
   [[gnu::always_inline]] void operator()(const F (&given)[K], F (&t)[K], F (&slope)[K]) const {
     F x[K], squared[K];
@@ -172,7 +176,7 @@ class RowTanh {
     return V::mul(x, V::fma(p, squared, a_));
   }
 
-  // The rare groups, of any z: calls, so that the loops around keep their registers.
+  // The rare groups with a large argument. These are calls, so that the loops around them keep their registers.
   template <int K>
   [[gnu::noinline]] static void any(const F (&z)[K], F (&t)[K]) {
     const RowTanh unscaled(1);
@@ -207,7 +211,7 @@ class RowTanh {
   F scale_, a_, limit_, q_[n];
 };
 
-// By libm.
+// Double lanes: libm's.
 template <typename V>
 class RowTanh<V, double, true> {
   using F = typename V::F;
@@ -237,13 +241,14 @@ class RowTanh<V, double, true> {
   F a_;
 };
 
-// f(tanh) with the one that suits a row's a; double lanes convert for longer than a product more takes.
+// Calls f with the RowTanh that suits a row's a. Double lanes always scale x first: they spend longer on conversions
+// than on one more product.
 template <typename V, typename T, typename Body>
 inline auto with_tanh_of(double a, Body f) {
   if constexpr (std::is_same_v<T, double>) {
     return f(RowTanh<V, T>(a));
   } else {
-    if constexpr (!std::is_same_v<V, Wide>)
+    if constexpr (!std::is_same_v<V, Double>)
       if (RowTanh<V, T>::takes(a)) return f(RowTanh<V, T>(a));
     return f(RowTanh<V, T, false>(a));
   }

@@ -1,13 +1,12 @@
-// What the rows of every instruction set include. First in kernels_*.cpp, before their target pragma: a std:: template
-// instantiated under the pragma would be emitted with, say, AVX-512 code and could be the copy the linker keeps for
-// baseline callers.
+// The headers that the kernels of every instruction set need. kernels_*.cpp include this before their target pragma: a
+// std:: template first used under the pragma would be compiled to, say, AVX-512 code, and the linker could keep that
+// copy for callers of the baseline. test_isa.py looks for such code.
 #pragma once
 
 #include <cmath>
 #include <cstdint>
 #include <cstring>
 #include <limits>
-#include <memory>
 #include <type_traits>
 
 #include "kernels.h"

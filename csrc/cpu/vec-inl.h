@@ -1,21 +1,26 @@
-// Vector types of one instruction set; included once per set, inside its namespace and under its target pragma.
+// Vector types of one instruction set. Included once per set, inside its namespace and under its target pragma.
 //
-//   Float    float lanes for f32, bf16 and f16 rows (sets with such lanes: BHYT_AVX512, BHYT_AVX2, BHYT_NEON)
-//   Bfloat   lanes for rows of bf16 alone, where a type of their own pays; else Float
-//   Wide     double lanes: for all rows of the baseline, which has those of f64 for every set; elsewhere for f64 gains
+//   Float    float lanes, for rows of f32, f16 and bf16 (where BHYT_AVX512, BHYT_AVX2 or BHYT_NEON is defined)
+//   Bfloat   lanes for rows of bf16 alone; the same as Float where the set has none
+//   Double   double lanes: for all rows of the baseline, and in every set for weights of f64
 //
 // Each is a set of static functions over a register type F:
-//   at_once, at_once_backward     registers that a loop takes in one turn; as many as the set has room for
-//   load / store          whole registers, any storage type; *_part: the first n lanes, the others read as 0
-//   store_untied          if there is one: as store, but ties may go either way
+//   at_once, at_once_backward     registers that a loop takes in one turn: as many as fit the set's register file
+//   load / store          whole registers of any storage type; *_part: the first n lanes, the others are read as 0
+//   store_untied          only some have it: as store, but ties may be rounded either way
 //   fma(a, b, c) = a b + c, fnma(a, b, c) = c - a b
 //   min_of, max_of(limit, x)      NaN if x is NaN
-//   zero_if_nan(x)        x elsewhere
+//   zero_if_nan(x)        0 in lanes that are NaN
 //   not_below(x, limit)   lanes with !(x < limit), NaN included, as a Mask
-//   any_from(squares, limit)      whether there are such lanes in several registers of squares
-//   sum(x)                of the lanes, in a fixed order
-//   last_place_1          added to a small number it rounds it to an integer, which is then the sum's lowest bits
-// Storage of one byte is only written: integer8 takes the lowest bits, float8 any number.
+//   any_from(squares, limit)      whether any of several registers of squares has such a lane
+//   sum(x)                the sum of the lanes, in a fixed order
+//   last_place_1          a number so large that its sum with a small one is rounded to an integer, in the lowest bits
+// Storage of one byte is only written: integer8 takes the lowest bits of a lane, float8 takes a number.
+//
+// Why not Highway or at::vec: which operand's NaN a minimum returns, how ties are rounded, and single instructions per
+// element are what these kernels promise (docs/SPEC.md section 3, benchmarks/README.md). A portable layer promises none
+// of the three, and would still leave the pairs of vec_pair-inl.h to be written here. To be looked at again for SVE or
+// RVV.
 
 #if defined(BHYT_AVX512)
 #include "vec_avx512-inl.h"
@@ -25,7 +30,7 @@
 #include "vec_neon-inl.h"
 #endif
 
-struct Wide {
+struct Double {
   static constexpr int N = 4, at_once = 4, at_once_backward = 4;
   static constexpr double last_place_1 = 0x1.8p52;
   typedef double F __attribute__((vector_size(N * sizeof(double))));
@@ -87,10 +92,10 @@ struct Wide {
 };
 
 #if !defined(BHYT_AVX512) && !defined(BHYT_AVX2) && !defined(BHYT_NEON)
-using Float = Wide;
-using Bfloat = Wide;
+using Float = Double;
+using Bfloat = Double;
 #endif
 
-// What rows keep for themselves in memory as A: the gain, g and the sums over rows.
+// The type of what row kernels keep for themselves in memory: the prepared weight, g and the sums over rows.
 template <typename V, typename A>
 using Own = std::conditional_t<std::is_same_v<V, Bfloat> && !std::is_same_v<V, Float>, laned, A>;

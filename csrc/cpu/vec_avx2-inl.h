@@ -1,4 +1,4 @@
-// 8 float lanes of AVX2. Included by vec-inl.h.
+// AVX2: 8 float lanes. Included by vec-inl.h.
 
 struct Float {
   using F = __m256;
@@ -23,7 +23,7 @@ struct Float {
   static Mask not_below(F x, F limit) { return _mm256_cmp_ps(x, limit, _CMP_NLT_UQ); }
   static bool any(Mask m) { return _mm256_movemask_ps(m) != 0; }
   static F select(Mask m, F yes, F no) { return _mm256_blendv_ps(no, yes, m); }
-  // Of squares, which order as their bits do, NaN above all.
+  // Squares are ordered as their bits are, with NaN above all numbers.
   template <int K>
   static bool any_from(const F (&squares)[K], F limit) {
     __m256i largest = _mm256_castps_si256(squares[0]);
@@ -94,7 +94,7 @@ struct Float {
     std::memcpy(p, all, n * sizeof(H));
   }
 
-  // 32 bits whose low byte is what is stored.
+  // 32 bits, of which the low byte is stored.
   static __m256i to_byte(F x, const integer8*) { return _mm256_castps_si256(x); }
   static __m256i to_byte(F x, const float8*) {
     const F size = _mm256_min_ps(_mm256_set1_ps(448.0f), abs(x));

@@ -1,4 +1,4 @@
-// 16 float lanes of AVX-512. Included by vec-inl.h.
+// AVX-512: 16 float lanes. Included by vec-inl.h.
 
 struct Float {
   using F = __m512;
@@ -17,14 +17,14 @@ struct Float {
   static F zero_if_nan(F x) { return _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(x, x, _CMP_ORD_Q), x); }
   static F abs(F x) { return _mm512_abs_ps(x); }
   static F copy_sign(F magnitude, F sign) {
-    const __m512i mask = _mm512_set1_epi32(static_cast<int>(0x80000000));  // 0xca: where set, the second operand
+    const __m512i mask = _mm512_set1_epi32(static_cast<int>(0x80000000));  // 0xca: the second operand where set
     return _mm512_castsi512_ps(_mm512_ternarylogic_epi32(mask, _mm512_castps_si512(sign),
                                                          _mm512_castps_si512(magnitude), 0xca));
   }
   static Mask not_below(F x, F limit) { return _mm512_cmp_ps_mask(x, limit, _CMP_NLT_UQ); }
   static bool any(Mask m) { return m != 0; }
   static F select(Mask m, F yes, F no) { return _mm512_mask_blend_ps(m, no, yes); }
-  // Of squares, which order as their bits do, NaN above all.
+  // Squares are ordered as their bits are, with NaN above all numbers.
   template <int K>
   static bool any_from(const F (&squares)[K], F limit) {
     __m512i largest = _mm512_castps_si512(squares[0]);
@@ -33,7 +33,7 @@ struct Float {
   }
   static double sum(F x) { return _mm512_reduce_add_ps(x); }
 
-  // 1 / x to 2^-14, and by one Newton step to 1 ulp.
+  // 1 / x to 2^-14; a Newton step makes it 1 ulp.
   static F reciprocal_14bit(F x) { return _mm512_rcp14_ps(x); }
   static F reciprocal(F x) {
     const F r = _mm512_rcp14_ps(x);
@@ -57,7 +57,8 @@ struct Float {
     const __m512i bits = _mm512_castps_si512(x);
     const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
     const __m512i half = _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff));
-    // A NaN that arithmetic made is one without its lower half too, and would lose its exponent to a carry.
+    // A NaN stays as it is: a carry could reach its exponent. Its upper half alone is a NaN too, as arithmetic makes
+    // them.
     const __mmask16 ordered = _mm512_cmp_ps_mask(x, x, _CMP_ORD_Q);
     return _mm512_cvtepi32_epi16(_mm512_srli_epi32(_mm512_mask_add_epi32(bits, ordered, bits, half), 16));
   }
@@ -81,7 +82,7 @@ struct Float {
     _mm256_mask_storeu_epi16(p, first(n), to_bits(x, p));
   }
 
-  // 32 bits whose low byte is what is stored.
+  // 32 bits, of which the low byte is stored.
   static __m512i to_byte(F x, const integer8*) { return _mm512_castps_si512(x); }
   static __m512i to_byte(F x, const float8*) {
     const F size = _mm512_min_ps(_mm512_set1_ps(448.0f), abs(x));
@@ -139,7 +140,7 @@ struct Bfloat : Pair<Bfloat, Float> {
     const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
     return _mm512_add_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x7fff)), odd);
   }
-  // 0xca: where `upper` is set the odd element's half, else the even one's.
+  // 0xca takes the odd element's half where `upper` is set, and the even element's elsewhere.
   static void store_upper(bf16* p, __m512i even, __m512i odd) {
     _mm512_storeu_si512(p, _mm512_ternarylogic_epi32(upper(), odd, _mm512_srli_epi32(even, 16), 0xca));
   }

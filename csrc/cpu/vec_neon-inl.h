@@ -1,4 +1,4 @@
-// 4 float lanes of NEON, on AArch64. Included by vec-inl.h.
+// NEON of AArch64: 4 float lanes. Included by vec-inl.h.
 
 struct Float {
   using F = float32x4_t;
@@ -21,7 +21,7 @@ struct Float {
   static Mask not_below(F x, F limit) { return vmvnq_u32(vcltq_f32(x, limit)); }
   static bool any(Mask m) { return vmaxvq_u32(m) != 0; }
   static F select(Mask m, F yes, F no) { return vbslq_f32(m, yes, no); }
-  // Of squares, which order as their bits do, NaN above all.
+  // Squares are ordered as their bits are, with NaN above all numbers.
   template <int K>
   static bool any_from(const F (&squares)[K], F limit) {
     uint32x4_t largest = bits(squares[0]);
@@ -56,7 +56,7 @@ struct Float {
     const float16x4_t rounded = vcvt_f16_f32(x);
     std::memcpy(p, &rounded, sizeof rounded);
   }
-  // The low byte of each 32 bits.
+  // Stores the low byte of each 32 bits.
   template <typename B>
     requires(sizeof(B) == 1)
   static void store(B* p, F x) {

@@ -1,14 +1,15 @@
-// Two registers as one, for rows of bf16: the elements of even and those of odd index, whose bits are the lower and the
-// upper half of each 32 in memory. So one shift and one mask widen twice the lanes, one shift and one blend narrow them.
+// Two registers as one, for rows of bf16: the elements of even index and those of odd index, whose bits are the lower
+// and the upper half of each 32 bits in memory. So one shift and one mask widen two registers, one shift and one blend
+// narrow them.
 //
-// Numbers that rows keep for themselves lie in memory in the order of the lanes (type laned): the gain, g and the sums
-// over rows. Of each whole register first the even elements, then the odd ones; a row's last part is in plain order.
+// Arrays of `laned` are in the order of these lanes: of each whole register first the elements of even index, then
+// those of odd index. The last part of a row is in plain order.
 //
-// No NaN needs a test when it is rounded: each has zeros in the bits that bf16 drops. Those of bf16 have, those that
-// arithmetic makes have, arithmetic keeps them, and set1 and the gain's copy see to others. So no rounding carries into
-// the sign.
+// store() needs no test for NaN: every NaN that reaches it has 0 in its 16 lowest bits, so that rounding cannot carry
+// into the exponent. A NaN of bf16 has by its format, one made by arithmetic has by IEEE's default, arithmetic keeps
+// such bits, and set1 and prepare_weight make every other NaN such a one.
 //
-// Self adds load and store of bf16, in_order (the elements' order from that of the lanes) and from_order.
+// Self adds load and store of bf16, in_order (from the order of the lanes to plain order) and from_order (back).
 template <typename Self, typename H>
 struct Pair {
   struct F {

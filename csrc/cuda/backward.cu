@@ -1,11 +1,13 @@
-// Backward: which of backward_kernels.cuh's kernels run, on which grid, with how much workspace.
-#include "backward_kernels.cuh"
+// Backward: which kernels run, on which grid, with how much workspace.
+#include "backward_persistent.cuh"
+#include "backward_split.cuh"
 #include "dispatch.cuh"
+#include "sum_partials.cuh"
 
 namespace bhyt::cuda {
 namespace {
 
-// Which kernels run, on which grid, with how much workspace: one plan for both questions that the binding asks.
+// One plan answers both questions of the binding: how much workspace, and what to launch.
 struct Plan {
   Ladder ladder;
   Columns columns;
@@ -54,7 +56,7 @@ Partials<A> partials_of(const BackwardParams& p, const Plan& plan, void* workspa
   return out;
 }
 
-// A group has fewer than 2^31 rows: no memory holds as many times the groups of a whole GPU.
+// A group has fewer than 2^31 rows: no memory holds that many rows for each group of a GPU.
 Course course_of(const BackwardParams& p, const Plan& plan) {
   const int64_t step = plan.blocks * plan.ladder.groups;
   Course course;
@@ -91,7 +93,7 @@ cudaError_t run_persistent(const BackwardParams& p, const Plan& plan, const Part
   grid.threads_x = ladder.threads;
   grid.threads_y = ladder.groups;
   grid.shared_bytes = persistent_shared_bytes(ladder);
-  grid.stream = on;
+  grid.on = on;
   const auto run = [&](auto summed) {
     return launch(backward_rows_persistent<Branch, Stream, Wanted, summed>, grid, p, constants, ladder, course, out);
   };
@@ -105,7 +107,7 @@ cudaError_t run_split(const BackwardParams& p, const Plan& plan, const Partials<
                       cudaStream_t on) {
   const auto constants = constants_of<Accumulate<Stream>>(p);
   Grid grid;
-  grid.stream = on;
+  grid.on = on;
   if constexpr (Wanted::sum) {
     grid.blocks_x = ceil_div(p.rows, plan.ladder.groups);
     grid.threads_x = plan.ladder.threads;
@@ -146,7 +148,7 @@ cudaError_t run_sums(const BackwardParams& p, const Plan& plan, const Partials<A
   grid.threads_y = kSlices;
   grid.shared_bytes = sizeof(A) * kStripe * kSlices;
   grid.overlaps_last = plan.persistent && device.hopper_or_later;
-  grid.stream = on;
+  grid.on = on;
   return launch(sum_partials<A>, grid, p, in);
 }
 
@@ -174,7 +176,7 @@ cudaError_t backward(const BackwardParams& p, void* workspace, const Device& dev
     using A = Accumulate<Stream>;
     const Partials<A> partials = partials_of<A>(p, plan, workspace);
     cudaError_t error = cudaSuccess;
-    if (p.rows == 0 || p.d == 0) {  // nothing to sum: grad_weight and grad_lam are zeros
+    if (p.rows == 0 || p.d == 0) {  // nothing to add: run_sums writes zeros
       if (p.grad_variance_out && p.rows > 0)
         error = cudaMemsetAsync(p.grad_variance_out, 0, p.rows * sizeof(A), on);
     } else {

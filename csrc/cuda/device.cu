@@ -10,7 +10,7 @@
 namespace bhyt::cuda {
 namespace {
 
-// The questions of describe(), put to the CUDA runtime about its current device.
+// Answers describe()'s questions about the current device of the CUDA runtime.
 struct Runtime {
   ClusterKernel kernel = cluster_kernel();
 
@@ -41,7 +41,7 @@ struct Runtime {
       error = cudaFuncSetAttribute(kernel.function, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
     if (error == cudaSuccess) error = cudaOccupancyMaxActiveClusters(count, kernel.function, &config);
     if (error != cudaErrorInvalidClusterSize && (portable || error == cudaSuccess)) return error;
-    *count = 0;  // whatever a device says that has none so large
+    *count = 0;  // devices without clusters so large answer with various errors
     return cudaSuccess;
   }
 };
@@ -50,7 +50,7 @@ struct Runtime {
 
 cudaError_t describe(int index, Device* device) {
   const cudaError_t error = describe(Runtime(), index, device);
-  cudaGetLastError();  // reported here; nothing is left for the next call to find
+  cudaGetLastError();  // the error is reported here: the next call must not find it again
   return error;
 }
 
@@ -63,7 +63,7 @@ Versions versions() {
 
 std::string archs() {
   std::string names;
-#ifdef __CUDA_ARCH_LIST__  // "800,900,1000": nvcc's own record of what it was asked for
+#ifdef __CUDA_ARCH_LIST__  // "800,900,1000": what nvcc was asked for
   const std::string list = BHYT_EXPANDED_TEXT(__CUDA_ARCH_LIST__);
   for (size_t from = 0; from < list.size();) {
     const size_t to = std::min(list.find(',', from), list.size());

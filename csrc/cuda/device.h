@@ -1,5 +1,5 @@
-// A device as the launchers see it: what it has, and what the code that it runs was compiled for. Plain decisions,
-// tested on the host; device.cu asks the driver.
+// A device as the launchers see it: what it has, and what its code was compiled for. These are plain decisions, tested
+// on the host; device.cu asks the driver.
 #pragma once
 
 #include <mutex>
@@ -14,9 +14,9 @@
 namespace bhyt::cuda {
 
 constexpr int kClusterSizes = 5;     // 1, 2, 4, 8, 16 blocks
-constexpr int kPortableCluster = 8;  // the largest that all devices with clusters take; more, a kernel must ask for
+constexpr int kPortableCluster = 8;  // every device with clusters takes these; a kernel must ask for larger ones
 
-// Of a loaded kernel, 90 for compute capability 9.0: the PTX it was made from, and the machine code that runs.
+// The versions of a loaded kernel's PTX and of the machine code that runs: 90 for compute capability 9.0.
 struct Code {
   int ptx = 0;
   int binary = 0;
@@ -31,10 +31,11 @@ struct Device {
   Code code;
 };
 
-// Not the device is asked but the code: compiled anew for it when loaded, PTX of older ones still lacks both.
+// The version of the code's PTX decides, not the device: PTX made for sm_80 and compiled for sm_90 when loaded still
+// has no cluster instructions.
 constexpr bool hopper_or_later(const Code& code) { return code.ptx >= 90; }
 
-// Writes to *device only what was answered in full.
+// Writes to *device only if every question was answered.
 template <class Driver>
 cudaError_t describe(const Driver& driver, int index, Device* device) {
   Device found;
@@ -51,7 +52,7 @@ cudaError_t describe(const Driver& driver, int index, Device* device) {
   return cudaSuccess;
 }
 
-// A device's description, asked for once: one that failed is asked for again by the next call.
+// A device's description. The driver is asked once; after a failure the next call asks again.
 class Description {
  public:
   template <class Query>  // cudaError_t query(Device*)
@@ -80,7 +81,7 @@ inline std::string text(const Code& code) {
   return code.binary < 90 || hopper_or_later(code) ? made : made + ": no clusters, long rows are slower";
 }
 
-// Of the CUDA runtime linked in, and the newest that the driver supports: 13020 for 13.2, 0 for no driver.
+// The CUDA runtime linked in, and the newest that the driver supports: 13020 for 13.2, 0 for no driver.
 struct Versions {
   int runtime = 0;
   int driver = 0;
@@ -90,22 +91,22 @@ inline std::string version_text(int version) {
   return version == 0 ? "none" : std::to_string(version / 1000) + "." + std::to_string(version % 1000 / 10);
 }
 
-// Empty where the driver will do: of the runtime's major version, or newer. torch's own runtime may be older than this
-// library's, and so be served by a driver that this one is not.
+// Empty if the driver supports the runtime's major version or a newer one. torch's own runtime may be older than this
+// library's, and then work with a driver that this one does not work with.
 inline std::string driver_problem(const Versions& v) {
   if (v.driver == 0 || v.driver / 1000 >= v.runtime / 1000) return "";
   return "built with CUDA " + version_text(v.runtime) + ", but the driver supports CUDA " + version_text(v.driver) +
          ": update the driver, or build bhyt with a CUDA " + std::to_string(v.driver / 1000) + " toolkit";
 }
 
-// Of a device that this library has PTX alone for.
+// For a device for which this library has only PTX.
 inline std::string ptx_problem(const Versions& v) {
   return "no machine code for this device, only PTX of CUDA " + version_text(v.runtime) +
          ", which a driver for CUDA " + version_text(v.driver) +
          " cannot compile: update the driver, or build bhyt from source with BHYT_CUDA_ARCHS set for the device";
 }
 
-// Asks the driver about the current device, which is `index`.
+// Asks the driver about device `index`, which must be the current one.
 cudaError_t describe(int index, Device* device);
 Versions versions();
 

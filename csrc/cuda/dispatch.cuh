@@ -1,9 +1,8 @@
-// From dtypes known at run time to template arguments, and from a kernel and a grid to a checked launch.
+// Dtypes known at run time become template arguments; a kernel and a grid become a checked launch.
 #pragma once
 
+#include "formats.cuh"
 #include "launch.h"
-#include "math.cuh"
-#include "vec.cuh"
 
 namespace bhyt::cuda {
 
@@ -14,8 +13,8 @@ struct Grid {
   int threads_y = 1;
   int64_t shared_bytes = 0;
   int cluster = 1;             // blocks along y that form a cluster
-  bool overlaps_last = false;  // starts before the last kernel ends, and calls wait_for_previous_grid()
-  cudaStream_t stream = {};
+  bool overlaps_last = false;  // starts before the kernel before it ends, and so must call wait_for_previous_grid()
+  cudaStream_t on = {};
 };
 
 template <class... Parameters, class... Arguments>
@@ -25,7 +24,7 @@ cudaError_t launch(void (*kernel)(Parameters...), const Grid& grid, Arguments...
   config.gridDim = dim3(static_cast<unsigned>(grid.blocks_x), static_cast<unsigned>(grid.blocks_y));
   config.blockDim = dim3(grid.threads_x, grid.threads_y);
   config.dynamicSmemBytes = grid.shared_bytes;
-  config.stream = grid.stream;
+  config.stream = grid.on;
   cudaLaunchAttribute attributes[2];
   config.attrs = attributes;
   if (grid.cluster > 1) {
@@ -45,7 +44,7 @@ cudaError_t launch(void (*kernel)(Parameters...), const Grid& grid, Arguments...
   }
   if (grid.blocks_x > 0x7fffffff) return cudaErrorInvalidConfiguration;
   const cudaError_t error = cudaLaunchKernelEx(&config, kernel, Parameters(arguments)...);
-  if (error != cudaSuccess) cudaGetLastError();  // reported here; nothing is left for the next call to find
+  if (error != cudaSuccess) cudaGetLastError();  // the error is reported here: the next call must not find it again
   return error;
 #else
   return simt::run(grid, [&] { kernel(Parameters(arguments)...); });

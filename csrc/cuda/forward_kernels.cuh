@@ -1,15 +1,16 @@
 // Forward:  v = mean(x^2),  a = lam / (kappa sqrt(v + offset + eps)),  y = weight * tanh(a x)
-// where x may be a residual to which a branch is added first; the sum is stored, and v is that of the stored sum.
+// With a residual the branch is added to it first; the sum is stored, and v is that of the stored sum.
 #pragma once
 
-#include "dispatch.cuh"
 #include "output.cuh"
 #include "reduce.cuh"
+#include "scalars.cuh"
+#include "tanh.cuh"
 
 namespace bhyt::cuda {
 namespace {
 
-// One row of the stream, as x or as a sum to be made: branch + residual, rounded.
+// One row: the branch alone, or the rounded sum of branch and residual.
 template <class Branch, class Stream, bool residual_added>
 struct StreamRow {
   static constexpr int W = kPackWidth<Stream>;
@@ -29,7 +30,8 @@ struct StreamRow {
     if constexpr (residual_added) hw::pin(residual);
   }
 
-  // What is read for one pack; turned into the stream's pack by make(). Apart, so that all loads go out before a store.
+  // What is read for one pack; make() turns it into the row's pack. The two are apart so that all loads are issued
+  // before the first store.
   struct Raw {
     BranchPack branch;
     StreamPack residual;
@@ -63,7 +65,7 @@ struct StreamRow {
   }
 };
 
-// y of one pack before it is rounded
+// y of one pack, not yet rounded.
 template <class Y, class A, class Stream, int W, class Weight>
 BHYT_DEVICE void site(const Pack<Stream, W>& pack, A a, const Gains<Weight, A, W>& gains, A (&y)[W]) {
   A z[W];
@@ -82,8 +84,8 @@ BHYT_DEVICE A square_sum(const Pack<Stream, W>& pack) {
   return dot(x, x);
 }
 
-// Whether 64 registers, so that two blocks of 512 threads share a multiprocessor, hold what a thread keeps: ptxas of CUDA
-// 13.0 then does not spill.
+// Whether 64 registers hold what a thread keeps without a spill (ptxas of CUDA 13.0). Two blocks of 512 threads then
+// share a multiprocessor.
 template <class Stream, class Weight, bool residual_added>
 constexpr bool fits_twice() {
   if (sizeof(Stream) == 4 || std::is_same_v<Weight, NoGain>) return true;
@@ -92,8 +94,9 @@ constexpr bool fits_twice() {
   return narrow || (brain && hw::kArch != 80);
 }
 
-// Wide, rows counted in 32 bits: a thread keeps its N packs of the row in registers from the only read to the write. A
-// row longer than a block is shared by several, which form a cluster where they have a sum to make.
+// For rows of whole, aligned packs, counted in 32 bits. A thread keeps its N packs in registers from the only read to
+// the write. Several blocks share a row longer than a block; at an exact site they form a cluster, as they have a sum
+// to make.
 template <class Branch, class Stream, class Weight, class Y, bool residual_added, bool exact, int N>
 BHYT_KERNEL_SHARING(kMaxThreads, (fits_twice<Stream, Weight, residual_added>() ? 2 : 1))
 forward_row_in_registers(const ForwardParams p, const Constants<Accumulate<Stream>> constants, const Ladder ladder,
@@ -105,7 +108,7 @@ forward_row_in_registers(const ForwardParams p, const Constants<Accumulate<Strea
   const Place at;
   const int row = static_cast<int>(hw::block_x()) * ladder.groups + at.group;
   const bool inside = row < static_cast<int>(p.rows);
-  const Row stream(p, row);
+  const Row source(p, row);
   const int first_pack = at.part * N * ladder.threads + at.lane;
   const int end = inside ? static_cast<int>(ladder.row_packs) : 0;
   const auto pack_of = [&](int k) { return first_pack + k * ladder.threads; };
@@ -117,7 +120,7 @@ forward_row_in_registers(const ForwardParams p, const Constants<Accumulate<Strea
 #pragma unroll
   for (int k = 0; k < N; ++k) {
     if constexpr (exact) raw[k] = Row::zero();  // adds nothing to the sum
-    if (exists(k)) raw[k] = stream.template load<true>(pack_of(k) * W, p.d);
+    if (exists(k)) raw[k] = source.template load<true>(pack_of(k) * W, p.d);
   }
   A v = 1;
   if (!exact && inside) v = static_cast<const A*>(p.variance)[row];
@@ -129,7 +132,7 @@ forward_row_in_registers(const ForwardParams p, const Constants<Accumulate<Strea
 
   Pack<Stream, W> x[N];
   A sum = 0;
-  Stream* sum_row = stream.sum;
+  Stream* sum_row = source.sum;
   if constexpr (residual_added) hw::pin(sum_row);
 #pragma unroll
   for (int k = 0; k < N; ++k) {
@@ -157,8 +160,8 @@ forward_row_in_registers(const ForwardParams p, const Constants<Accumulate<Strea
   }
 }
 
-// Any alignment and length: the row of an exact site is read for v and again for y. Same elements per thread and same
-// order of sums as above, so the same bits.
+// For any alignment and length. The row of an exact site is read for v, and again for y. Threads have the same elements
+// and sums the same order as above, so the bits are the same.
 template <class Branch, class Stream, class Y, bool residual_added, bool exact, bool wide>
 BHYT_KERNEL_SHARING(kMaxThreads, 1)
 forward_row_read_twice(const ForwardParams p, const Constants<Accumulate<Stream>> constants, const Ladder ladder,
@@ -170,10 +173,10 @@ forward_row_read_twice(const ForwardParams p, const Constants<Accumulate<Stream>
   const Place at;
   const int64_t row = hw::block_x() * ladder.groups + at.group;
   const bool inside = row < p.rows;
-  const StreamRow<Branch, Stream, residual_added> stream(p, row);
-  const auto stream_pack = [&](int64_t first) {
-    const StreamPack pack = stream.make(stream.template load<wide>(first, p.d));
-    if constexpr (residual_added) pack.template store<wide>(stream.sum, first, p.d);
+  const StreamRow<Branch, Stream, residual_added> source(p, row);
+  const auto row_pack = [&](int64_t first) {
+    const StreamPack pack = source.make(source.template load<wide>(first, p.d));
+    if constexpr (residual_added) pack.template store<wide>(source.sum, first, p.d);
     return pack;
   };
   hw::wait_for_previous_grid();
@@ -187,7 +190,7 @@ forward_row_read_twice(const ForwardParams p, const Constants<Accumulate<Stream>
       for (int k = 0; k < ladder.packs; ++k) {
         const int64_t pack = (int64_t(part) * ladder.packs + k) * ladder.threads + at.lane;
         if (!inside || pack >= ladder.row_packs) break;
-        sum = hw::add(sum, square_sum<A>(stream_pack(pack * W)));
+        sum = hw::add(sum, square_sum<A>(row_pack(pack * W)));
       }
       total = hw::add(total, group_sum(sum, ladder, at, slots, part));
     }
@@ -202,95 +205,15 @@ forward_row_read_twice(const ForwardParams p, const Constants<Accumulate<Stream>
   for (int64_t pack = int64_t(at.part) * ladder.threads + at.lane; pack < ladder.row_packs; pack += stride) {
     StreamPack x;
     if constexpr (exact && residual_added) {
-      x = StreamPack::template load<wide>(stream.sum, pack * W, p.d);  // what this very thread stored above
+      x = StreamPack::template load<wide>(source.sum, pack * W, p.d);  // this thread stored it above
     } else {
-      x = stream_pack(pack * W);
+      x = row_pack(pack * W);
     }
     const auto gains = Gains<AnyFloat, A, W>::template load<wide>(p.weight, pack * W, p.d);
     A y[W];
     site<Y>(x, a, gains, y);
     output(y).template store<wide>(y_row, pack * W, p.d);
   }
-}
-
-// Launches ---------------------------------------------------------------------------------------------------------
-
-template <class Branch, class Stream, class Weight, class Y, bool residual_added, bool exact>
-cudaError_t in_registers(const ForwardParams& p, const Ladder& ladder, const Grid& grid) {
-  using A = Accumulate<Stream>;
-  const auto run = [&](auto packs) {
-    return launch(forward_row_in_registers<Branch, Stream, Weight, Y, residual_added, exact, decltype(packs)::value>,
-                  grid, p, constants_of<A>(p), ladder, Output<Y, A>(p));
-  };
-  return ladder.packs <= 2 ? run(std::integral_constant<int, 2>()) : run(std::integral_constant<int, kForwardPacks>());
-}
-
-// Which gains those kernels are compiled for: none, y's dtype, fp32; beside eight bits, into whose readers a gain is
-// folded, none.
-template <class Y>
-bool gain_is_tuned(const ForwardParams& p) {
-  return p.weight.data == nullptr ||
-         (!std::is_same_v<Y, Byte> && (p.weight.dtype == p.branch || p.weight.dtype == DType::f32));
-}
-
-template <class Branch, class Stream, class Y, bool residual_added, bool exact>
-cudaError_t in_registers(const ForwardParams& p, const Ladder& ladder, const Grid& grid) {
-  if constexpr (!std::is_same_v<Y, Byte>) {
-    if (p.weight.data && p.weight.dtype == p.branch)
-      return in_registers<Branch, Stream, Branch, Y, residual_added, exact>(p, ladder, grid);
-    if (p.weight.data) return in_registers<Branch, Stream, float, Y, residual_added, exact>(p, ladder, grid);
-  }
-  return in_registers<Branch, Stream, NoGain, Y, residual_added, exact>(p, ladder, grid);
-}
-
-template <class Branch, class Stream, class Y, bool residual_added, bool exact>
-cudaError_t run_form(const ForwardParams& p, const Device& device, cudaStream_t on) {
-  using A = Accumulate<Stream>;
-  const Ladder ladder = forward_ladder(p.d, p.stream);
-  Grid grid;
-  grid.blocks_x = ceil_div(p.rows, ladder.groups);
-  grid.threads_x = ladder.threads;
-  grid.threads_y = ladder.groups;
-  grid.shared_bytes = sizeof(SumSlots<A>);
-  grid.overlaps_last = device.hopper_or_later;
-  grid.stream = on;
-  const bool wide = is_wide(p);
-  if constexpr (!std::is_same_v<Stream, double>) {
-    const bool cluster = ladder.fits_a_cluster() && device.resident_clusters[cluster_index(ladder)] > 0;
-    const bool reaches = exact ? ladder.parts == 1 || cluster : ladder.parts <= kMaxGridY;
-    if (wide && reaches && p.rows <= kMaxRows && gain_is_tuned<Y>(p)) {
-      grid.blocks_y = ladder.parts;
-      if (exact) grid.cluster = ladder.parts;
-      return in_registers<Branch, Stream, Y, residual_added, exact>(p, ladder, grid);
-    }
-  }
-  // An approximate site's packs know nothing of each other; an exact one's block reads what it has stored.
-  grid.blocks_y = exact ? 1 : std::min(ladder.parts, kMaxGridY);
-  const auto run = [&](auto is_wide) {
-    return launch(forward_row_read_twice<Branch, Stream, Y, residual_added, exact, decltype(is_wide)::value>, grid, p,
-                  constants_of<A>(p), ladder, Output<Y, A>(p));
-  };
-  if constexpr (!std::is_same_v<Stream, double>)
-    if (wide) return run(std::true_type());
-  return run(std::false_type());
-}
-
-// Y: Byte, or void for the branch's dtype
-template <class Y>
-cudaError_t run_forward(const ForwardParams& p, const Device& device, cudaStream_t on) {
-  if (p.rows == 0 || (p.d == 0 && !p.exact)) return cudaSuccess;
-  return with_types(p.branch, p.stream, [&](auto branch, auto stream) {
-    using Branch = typename decltype(branch)::type;
-    using Stream = typename decltype(stream)::type;
-    using Stored = std::conditional_t<std::is_void_v<Y>, Branch, Y>;
-    if (p.residual.data != nullptr || !std::is_same_v<Branch, Stream>)
-      return p.exact ? run_form<Branch, Stream, Stored, true, true>(p, device, on)
-                     : run_form<Branch, Stream, Stored, true, false>(p, device, on);
-    if constexpr (std::is_same_v<Branch, Stream>)
-      return p.exact ? run_form<Branch, Stream, Stored, false, true>(p, device, on)
-                     : run_form<Branch, Stream, Stored, false, false>(p, device, on);
-    return cudaErrorInvalidValue;
-  });
 }
 
 }  // namespace

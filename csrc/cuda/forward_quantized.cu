@@ -1,9 +1,9 @@
-#include "forward_kernels.cuh"
+#include "forward_launch.cuh"
 
 namespace bhyt::cuda {
 
 cudaError_t forward_quantized(const ForwardParams& p, const Device& device, cudaStream_t on) {
-  return run_forward<Byte>(p, device, on);
+  return launch_forward<Byte>(p, device, on);
 }
 
 }  // namespace bhyt::cuda

@@ -1,5 +1,7 @@
-// What the chip provides, wrapped once: indices, shared memory, shuffles, barriers, clusters, approximate functions,
-// conversions, wide loads. tests/cpp/simt.h has a host twin of every function here, so that g++ can run the kernels.
+// What the chip provides: indices, shared memory, shuffles, barriers, clusters, approximate functions, conversions,
+// wide loads. tests/cpp/simt.h has a twin of every function for the host, so that g++ can run the kernels. CUDA's
+// headers are used where they give the same machine code; the rest is PTX. <cuda/ptx> is not used: that of CUDA 13.0
+// has neither mapa nor griddepcontrol, so half of what it is for would stay as it is.
 #pragma once
 
 #ifndef __CUDACC__
@@ -8,23 +10,25 @@
 
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
+#include <cuda_fp8.h>
 #include <cuda_runtime.h>
 
 #include <cstdint>
+#include <cstring>
 
 #define BHYT_DEVICE __device__ __forceinline__
-// Where ptxas would rather spill than take registers that are free.
+// For these architectures ptxas spills although registers are free, unless it is told that one block is enough.
 #if defined(__CUDA_ARCH__) && (__CUDA_ARCH__ < 900 || __CUDA_ARCH__ >= 1200)
 #define BHYT_KERNEL(max_threads) __global__ void __launch_bounds__(max_threads, 1)
 #else
 #define BHYT_KERNEL(max_threads) __global__ void __launch_bounds__(max_threads)
 #endif
-// Blocks of as many threads are to share a multiprocessor.
+// `blocks` blocks of `max_threads` threads shall share a multiprocessor.
 #define BHYT_KERNEL_SHARING(max_threads, blocks) __global__ void __launch_bounds__(max_threads, blocks)
 
 namespace bhyt::cuda::hw {
 
-// The architecture that is compiled for, 0 on the host.
+// The architecture that this is compiled for, 0 on the host.
 #ifdef __CUDA_ARCH__
 constexpr int kArch = __CUDA_ARCH__ / 10;
 #else
@@ -44,7 +48,7 @@ BHYT_DEVICE unsigned char* shared() {
   return bytes;
 }
 
-// Every lane of the warp takes part.
+// Every lane of the warp must call this.
 template <class A>
 BHYT_DEVICE A shuffle_xor(A v, int mask) {
   return __shfl_xor_sync(0xffffffffu, v, mask);
@@ -52,11 +56,11 @@ BHYT_DEVICE A shuffle_xor(A v, int mask) {
 
 BHYT_DEVICE void block_barrier() { __syncthreads(); }
 
-// A barrier of whole warps; `id` 0 is block_barrier's own.
+// A barrier of whole warps. `id` 0 is block_barrier's.
 BHYT_DEVICE void barrier(int id, int threads) { asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory"); }
 
-// Clusters: blocks that see one another's shared memory (sm_90 and later; the launcher asks for none elsewhere). Arriving
-// orders nothing: what a block must see of another's memory comes with an Inbox.
+// Clusters are blocks that see each other's shared memory: sm_90 and later; the launcher asks for none elsewhere. To
+// arrive orders no memory: what a block must see of another's memory comes with an Inbox.
 BHYT_DEVICE void cluster_arrive() {
 #if __CUDA_ARCH__ >= 900
   asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
@@ -69,13 +73,14 @@ BHYT_DEVICE void cluster_wait() {
 #endif
 }
 
-// Counts the bytes that other blocks store beside it, an mbarrier: a phase ends when as many came as one thread said.
+// An mbarrier. It counts the bytes that other blocks store beside it: a phase ends when as many have come as one thread
+// expects.
 struct Inbox {
   uint64_t state;
 
   BHYT_DEVICE uint32_t address() const { return static_cast<uint32_t>(__cvta_generic_to_shared(&state)); }
 
-  // By one thread, before its cluster_arrive().
+  // Called by one thread, before its cluster_arrive().
   BHYT_DEVICE void open() {
 #if __CUDA_ARCH__ >= 900
     asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(address()) : "memory");
@@ -83,14 +88,15 @@ struct Inbox {
 #endif
   }
 
-  // By one thread, once per phase.
+  // Called by one thread, once per phase.
   BHYT_DEVICE void expect(uint32_t bytes) {
 #if __CUDA_ARCH__ >= 900
     asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(address()), "r"(bytes) : "memory");
 #endif
   }
 
-  // Until phase 0, 1, 2, .. has ended; `parity` is its lowest bit.
+  // Waits until phase 0, 1, 2, .. has ended; `parity` is its lowest bit. try_wait acquires at block scope, though what
+  // it waits for comes from the cluster: all that was written beside the inbox has arrived with its bytes.
   BHYT_DEVICE void wait(uint32_t parity) const {
 #if __CUDA_ARCH__ >= 900
     asm volatile(
@@ -104,7 +110,7 @@ struct Inbox {
   }
 };
 
-// Stores to where `mine` lies in the shared memory of block `target` of the cluster, and counts in its `inbox`.
+// Stores v in block `target` of the cluster, where `mine` lies in this block, and counts it in that block's `inbox`.
 BHYT_DEVICE void cluster_store(float* mine, Inbox& inbox, int target, float v) {
 #if __CUDA_ARCH__ >= 900
   uint32_t to, counted;
@@ -117,7 +123,7 @@ BHYT_DEVICE void cluster_store(float* mine, Inbox& inbox, int target, float v) {
 #endif
 }
 
-// Programmatic dependent launch: a kernel so launched may start early and waits here for what came before it.
+// Programmatic dependent launch: the kernel may start early, and waits here for the work before it.
 BHYT_DEVICE void wait_for_previous_grid() {
 #if __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.wait;" ::: "memory");
@@ -130,7 +136,7 @@ BHYT_DEVICE void let_next_grid_start() {
 #endif
 }
 
-// Rounded once each, never contracted: the same bits in whichever kernel they are inlined.
+// Each is rounded once and never contracted: the same bits in every kernel.
 BHYT_DEVICE float add(float a, float b) { return __fadd_rn(a, b); }
 BHYT_DEVICE float mul(float a, float b) { return __fmul_rn(a, b); }
 BHYT_DEVICE float fma(float a, float b, float c) { return __fmaf_rn(a, b, c); }
@@ -149,11 +155,11 @@ BHYT_DEVICE float copysign(float a, float b) { return copysignf(a, b); }
 BHYT_DEVICE double exp(double a) { return ::exp(a); }
 BHYT_DEVICE double tanh(double a) { return ::tanh(a); }
 
-// Computes v here and once: the compiler will not make it anew, divisions and all, where it is short of registers.
+// Makes the compiler compute v here, once. Where registers are short it would compute v again, divisions and all.
 BHYT_DEVICE void pin(float& v) { asm volatile("" : "+f"(v)); }
 BHYT_DEVICE void pin(double& v) { asm volatile("" : "+d"(v)); }
 
-// Likewise an address in device memory, from which others are made by a step.
+// The same for an address in device memory, from which others are made by a step.
 template <class T>
 BHYT_DEVICE void pin(T*& p) {
   size_t address = __cvta_generic_to_global(p);
@@ -195,28 +201,28 @@ BHYT_DEVICE uint32_t to_half_bits(double v) { return __half_as_ushort(__double2h
 BHYT_DEVICE uint32_t to_bfloat_bits(float v) { return __bfloat16_as_ushort(__float2bfloat16_rn(v)); }
 BHYT_DEVICE uint32_t to_bfloat_bits(double v) { return __bfloat16_as_ushort(__double2bfloat16(v)); }
 
-// Two at once, `low` in the lower half of the word: one instruction for a pair.
-BHYT_DEVICE uint32_t to_half_pair(float low, float high) {
+template <class Pair>
+BHYT_DEVICE uint32_t bits_of(const Pair& pair) {
+  static_assert(sizeof pair == 4);
   uint32_t word;
-  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(word) : "f"(high), "f"(low));
+  memcpy(&word, &pair, 4);
   return word;
+}
+
+// Two numbers by one instruction, `low` in the lower half of the word.
+BHYT_DEVICE uint32_t to_half_pair(float low, float high) {
+  return bits_of(__floats2half2_rn(low, high));
 }
 
 BHYT_DEVICE uint32_t to_bfloat_pair(float low, float high) {
-  uint32_t word;
-  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(word) : "f"(high), "f"(low));
-  return word;
+  return bits_of(__floats2bfloat162_rn(low, high));
 }
 
-// To float8_e4m3fn, rounded to nearest even, saturating at 448; a NaN stays one. Where there is an instruction for it.
+// Whether there is an instruction for float8_e4m3fn: to nearest, ties to even, saturating at 448; a NaN stays one.
 BHYT_DEVICE constexpr bool has_float8() { return kArch >= 89; }
 
 BHYT_DEVICE uint32_t to_float8_pair(float low, float high) {
-  uint16_t pair = 0;
-#if __CUDA_ARCH__ >= 890
-  asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(pair) : "f"(high), "f"(low));
-#endif
-  return pair;
+  return __nv_cvt_float2_to_fp8x2(make_float2(low, high), __NV_SATFINITE, __NV_E4M3);
 }
 
 // The nearest integer, ties to even, within int16_t; 0 of a NaN.
@@ -231,14 +237,14 @@ BHYT_DEVICE int to_int16(double v) {
   return v == v ? q : 0;
 }
 
-// As int8_t, saturating: the two lower bytes of a word, below the lower half of `above`.
+// Two numbers as int8_t, saturating, in the lower half of a word; its upper half is the lower half of `above`.
 BHYT_DEVICE uint32_t to_int8_pair(int low, int high, uint32_t above) {
   uint32_t word;
   asm("cvt.pack.sat.s8.s32.b32 %0, %1, %2, %3;" : "=r"(word) : "r"(high), "r"(low), "r"(above));
   return word;
 }
 
-// The lower or the upper half of a word, above zeros.
+// The lower or the upper half of a word, with zeros below it.
 BHYT_DEVICE uint32_t half_to_upper(uint32_t word, bool upper) { return __byte_perm(word, 0, upper ? 0x3244 : 0x1044); }
 
 BHYT_DEVICE float bits_to_float(uint32_t bits) { return __uint_as_float(bits); }
@@ -274,7 +280,7 @@ BHYT_DEVICE void store_words(void* to, const uint32_t* from) {
   }
 }
 
-// Into the cache that all multiprocessors share.
+// Brings a line into L2.
 BHYT_DEVICE void prefetch(const void* from) { asm volatile("prefetch.global.L2 [%0];" ::"l"(from)); }
 
 // A number of 2, 4 or 8 bytes, as bits.

@@ -1,9 +1,9 @@
 // Which threads handle which elements. Plain functions of sizes, dtypes and addresses; tested on the host.
 //
-// A row is cut into packs of 16 bytes of its stream. It is shared by `parts` blocks (one, but for very long rows) of
-// `threads` each, and a thread takes up to `packs` of them: pack number (part * packs + k) * threads + lane.
-// This fixes the order of the row's sum; it is chosen by d and the stream's dtype alone, so that a row's bits do not
-// depend on its batch, its alignment or the device.
+// A row is cut into packs of 16 bytes of its stream. `parts` blocks (one, except for very long rows) of `threads` each
+// share it. A thread takes up to `packs` of its packs: number (part * packs + k) * threads + lane for its k-th. This
+// fixes the order of the row's sum. It depends on d and the stream's dtype alone, so that a row's bits do not depend on
+// its batch, its alignment or the device.
 #pragma once
 
 #include <algorithm>
@@ -17,7 +17,7 @@ constexpr int kMaxThreads = 512;
 constexpr int kColumnThreads = 128;
 constexpr int kMaxClusterParts = 16;
 constexpr int kMaxGridY = 65535;
-constexpr int64_t kMaxRows = 1 << 30;  // counted in 32 bits, those missing in the last block included
+constexpr int64_t kMaxRows = 1 << 30;  // leaves room for the groups of the last block when rows are counted in 32 bits
 
 struct Ladder {
   int threads = 1;  // per part of a row: a power of two up to 32, or a multiple of 32
@@ -44,7 +44,8 @@ inline Ladder ladder_for(int64_t d, int pack_width, int packs, int block_threads
   l.most_parts = most_parts;
   l.row_packs = ceil_div(d, pack_width);
   if (l.row_packs <= 32 * packs) {
-    // At least 4 lanes, 64 neighbouring bytes; not more than needed, for the work per row is shared by few elements.
+    // At least 4 lanes, for 64 neighbouring bytes; not more than needed, as each lane repeats the work that is done per
+    // row.
     l.threads = power_of_two_from(std::max(std::min<int64_t>(l.row_packs, 4), ceil_div(l.row_packs, packs)));
     l.packs = power_of_two_from(ceil_div(l.row_packs, l.threads));
   } else {
@@ -59,32 +60,33 @@ inline Ladder ladder_for(int64_t d, int pack_width, int packs, int block_threads
 }
 
 constexpr int kForwardPacks = 4;            // 64 bytes in flight per thread
-constexpr int kBackwardElements = 16;       // per thread: as many fp32 gain gradients stay in registers
+constexpr int kBackwardElements = 16;       // per thread, whose fp32 sums of grad_weight stay in registers
 constexpr int pack_width(DType stream) { return static_cast<int>(16 / size_of(stream)); }
 
 inline Ladder forward_ladder(int64_t d, DType stream) {
   return ladder_for(d, pack_width(stream), kForwardPacks, 128, kPortableCluster);
 }
 
-// One block fills half a multiprocessor's registers or more: few blocks, so few partial sums of the gain's gradient.
+// A block takes half of a multiprocessor's registers or more. So there are few blocks, and few partial sums of
+// grad_weight.
 inline Ladder backward_ladder(int64_t d, DType stream) {
   return ladder_for(d, pack_width(stream), kBackwardElements / pack_width(stream), kMaxThreads, kMaxClusterParts);
 }
 
-// The i of 2^i = parts: how Device::resident_clusters is indexed.
+// The i of 2^i = parts: the index into Device::resident_clusters.
 inline int cluster_index(const Ladder& l) {
   int i = 0;
   while (1 << i < l.parts) ++i;
   return i;
 }
 
-// Blocks of a persistent kernel on a multiprocessor, whose registers 512 threads take. Two where threads don't divide
-// 512 so badly that half of them would be missing.
+// Blocks of a persistent kernel on a multiprocessor. 512 threads take its registers; where a block has at most half as
+// many, because its threads divide 512 badly, there are two.
 inline int blocks_per_multiprocessor(const Ladder& l) {
   return l.parts == 1 && l.threads * l.groups <= kMaxThreads / 2 ? 2 : 1;
 }
 
-// Blocks of a persistent kernel along the rows, for rows without end: as many as run at once.
+// Blocks of a persistent kernel along the rows, at most: as many as run at once.
 inline int64_t persistent_blocks(const Ladder& l, const Device& device) {
   if (l.parts > 1) return device.resident_clusters[cluster_index(l)];
   return int64_t(device.multiprocessors) * blocks_per_multiprocessor(l);
@@ -102,11 +104,11 @@ inline Columns columns_for(int64_t d, DType stream) {
   c.blocks = ceil_div(packs, kColumnThreads);
   c.threads = static_cast<int>(ceil_div(packs, c.blocks));
   if (c.blocks > 1) c.threads = static_cast<int>(ceil_div(c.threads, 32) * 32);
-  if (c.blocks > kMaxGridY) c.blocks = kMaxGridY;  // threads then take every 65535th pack of blocks
+  if (c.blocks > kMaxGridY) c.blocks = kMaxGridY;  // a thread then takes several packs, 65535 blocks apart
   return c;
 }
 
-// Whether a pack's elements of every row start on a multiple of the bytes they are moved by.
+// Whether every pack of every row starts on a multiple of the bytes of one access.
 inline bool packs_are_aligned(const Rows& t, DType dtype, int pack_width) {
   if (t.data == nullptr) return true;
   const int64_t pack = pack_width * size_of(dtype), access = pack < 16 ? pack : 16;

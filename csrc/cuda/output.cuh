@@ -1,11 +1,11 @@
-// What is stored for y: y rounded to its dtype, or in eight bits.
+// Makes what is stored for y: y rounded to its dtype, or quantised to eight bits.
 #pragma once
 
 #include "vec.cuh"
 
 namespace bhyt::cuda {
 
-// What a kernel is told of y, made on the host: turns the numbers of a pack into what is stored.
+// Turns the numbers of a pack into what is stored. The host makes it.
 template <class Y, class A>
 struct Output {
   explicit Output(const ForwardParams&) {}
@@ -16,7 +16,7 @@ struct Output {
   }
 };
 
-// q = saturate(round_half_even(y / scale) + zero_point). uint8 is int8 less 128, with the highest bit flipped.
+// q = saturate(round_half_even(y / scale) + zero_point). uint8 is made as int8, 128 lower, and its highest bit flipped.
 template <class A>
 struct Output<Byte, A> {
   A inverse_scale;
@@ -44,10 +44,10 @@ struct Output<Byte, A> {
  private:
   template <int W>
   BHYT_DEVICE Pack<Byte, W> as_integers(const A (&scaled)[W]) const {
-    int q[W];  // of 16 bits, so that adding to what has saturated does not overflow
+    int q[W];  // saturated to 16 bits: an addition does not overflow
 #pragma unroll
     for (int j = 0; j < W; ++j) q[j] = hw::to_int16(scaled[j]);
-    if (zero != 0) {  // not so for int8 about 0, nor for uint8 about 128
+    if (zero != 0) {  // it is 0 for int8 with zero point 0 and uint8 with 128
 #pragma unroll
       for (int j = 0; j < W; ++j) q[j] += zero;
     }

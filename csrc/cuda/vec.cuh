@@ -1,9 +1,9 @@
-// Packs: the W neighbouring elements of a row that one thread handles at a time, kept as they lie in memory.
-// W is set by the stream (16 bytes of it), so a thread's elements, and with them the order of every sum, do not depend
-// on alignment: `wide` packs move by vector accesses, others element by element and may end short at the row's end.
+// Packs: the W neighbouring elements of a row that one thread handles at a time, kept as they lie in memory. W is 16
+// bytes of the stream whatever the alignment, and so are a thread's elements and the order of every sum. `wide` packs
+// are moved by vector accesses; others element by element, and they may end short at the row's end.
 #pragma once
 
-#include "math.cuh"
+#include "formats.cuh"
 
 namespace bhyt::cuda {
 
@@ -29,8 +29,8 @@ struct Pack {
     }
   }
 
-  // The same by other instructions where there are some, which the compiler does not take for the same: it would keep
-  // widened numbers in registers rather than make them again.
+  // The same value by a different instruction where there is one, so that the compiler computes it again instead of
+  // keeping it in a register.
   template <class A>
   BHYT_DEVICE A get_apart(int j) const {
     if constexpr (std::is_same_v<T, bf16>)
@@ -101,7 +101,7 @@ struct Pack {
   }
 
  private:
-  // Into a pack whose element j is still 0 or was not yet written while its neighbours' bits are in place.
+  // Element j must still be 0 or unwritten; the bits of its neighbours stay.
   BHYT_DEVICE void put(int j, T v) {
     if constexpr (sizeof(T) == 2) {
       words[j / 2] = j % 2 ? (words[j / 2] & 0xffffu) | uint32_t(v.bits) << 16 : v.bits;
@@ -126,7 +126,7 @@ struct Pack {
   }
 };
 
-// A gain of any dtype, known at run time only: read element by element and kept in the arithmetic type.
+// A gain of any dtype, known only at run time: read element by element and kept in the arithmetic type.
 struct AnyFloat {};
 
 // The gains of one pack of columns; 1 where the site has none.
@@ -155,7 +155,7 @@ struct Gains {
   BHYT_DEVICE A times(int j, A v) const { return hw::mul(get(j), v); }
 };
 
-// No gain is given.
+// The site has no gain.
 struct NoGain {};
 
 template <class A, int W>

@@ -1,1 +1,1 @@
-"""The rooms of `examples/pretrain_hf.py`: presets, data, plan, train; and the configurations for FSDP2 and ZeRO."""
+"""The rooms of `examples/pretrain_hf.py`: presets, places, documents, data, plan, train; files for FSDP2 and ZeRO."""

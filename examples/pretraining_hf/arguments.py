@@ -71,7 +71,7 @@ def parse_arguments(argv: list[str] | None, page: str) -> argparse.Namespace:
         nargs="+",
         default=[],
         metavar="PLACE",
-        help="files, folders or the name of a data set (default: Python's own sources)",
+        help="files, folders, patterns or the name of a data set (default: Python's own sources)",
     )
     data.add_argument("--data-config", metavar="NAME", help="configuration of the data set")
     data.add_argument("--split", default="train", metavar="NAME", help="of the data set (default: %(default)s)")

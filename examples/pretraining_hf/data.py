@@ -1,4 +1,4 @@
-"""Documents from files or a hub, which of them are held out, the tokenizer, and sequences packed from them.
+"""Which documents are held out, the tokenizer, and sequences packed from documents.
 
 The text is split into a fixed number of streams: stream j has the documents j, j + n, .. (or whole files, where there
 are enough), and packs them on its own. A step takes equally many sequences from every stream, so that its batch does
@@ -8,121 +8,25 @@ stands is one position per stream.
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import hashlib
 from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import islice
-from pathlib import Path
 from typing import Any, Callable, Iterable, Iterator
 
-import datasets
 import numpy as np
 import torch
 from datasets.distributed import split_dataset_by_node
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers import AutoTokenizer, PreTrainedTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from pretraining.data import _standard_library as standard_library
 from pretraining.distributed import first_line
+
+from .documents import Source
 
 BLOCK = 256  # documents that a stream reads, shuffles and tokenises at a time
 END = "<|endoftext|>"
-_KINDS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".txt": "text"}
-_COMPRESSED = (".gz", ".zst", ".xz", ".bz2")
-
-
-# ---- documents
-
-
-class Source:
-    """Where documents come from: files of one kind, folders of such, a data set on a hub, or Python's own sources."""
-
-    def __init__(self, places: list[str], field: str = "text", config: str | None = None, split: str = "train") -> None:
-        """places: none of them means Python's own sources."""
-        self.field, self.config, self.split = field, config, split
-        self.files, self.hub = [], ""
-        self.kind = "python" if not places else ""
-        missing = [place for place in places if not Path(place).exists()]
-        if missing and len(places) == 1 and missing[0].count("/") <= 1 and not _kind(Path(missing[0])):
-            self.hub, self.kind = missing[0], "hub"
-        elif missing:
-            raise SystemExit(f"{missing[0]}: no such file or folder, and no name of a data set")
-        elif places:
-            self.files = [file for place in places for file in _files(Path(place))]
-            kinds = sorted({_kind(file) for file in self.files})
-            if len(kinds) > 1:
-                raise SystemExit(f"--data: expected files of one kind, got {', '.join(kinds)}")
-            self.kind = kinds[0]
-
-    def open(self) -> datasets.IterableDataset:
-        """All documents, streamed; a plain text file's are separated by blank lines."""
-        if self.kind == "python":
-            return datasets.IterableDataset.from_generator(_python_sources)
-        if self.kind == "hub":
-            with self._one_line():
-                return datasets.load_dataset(self.hub, self.config, split=self.split, streaming=True)
-        options = {"sample_by": "paragraph"} if self.kind == "text" else {}
-        files = [str(file) for file in self.files]
-        with self._one_line():
-            return datasets.load_dataset(self.kind, data_files=files, split="train", streaming=True, **options)
-
-    def read(self, rows: Iterator[dict[str, Any]], count: int) -> list[str]:
-        """The texts of so many of an opened source's rows, fewer at its end."""
-        with self._one_line():
-            block = list(islice(rows, count))
-        for row in block:
-            if not isinstance(row.get(self.field), str):
-                raise SystemExit(f"{self.name}: expected a string in the field {self.field!r} (--field), got "
-                                 f"{row.get(self.field)!r}; there are {', '.join(row)}")  # fmt: skip
-        texts = [row[self.field] for row in block]
-        return [text.rstrip("\n") for text in texts] if self.kind == "text" else texts  # a file ends with a newline
-
-    def texts(self) -> Iterator[str]:
-        """All of them, from the beginning."""
-        rows = iter(self.open())
-        while block := self.read(rows, BLOCK):
-            yield from block
-
-    @contextlib.contextmanager
-    def _one_line(self) -> Iterator[None]:
-        try:
-            yield
-        except Exception as error:  # what a damaged file or an unreachable hub raises is anything
-            raise SystemExit(f"{self.name} cannot be read: {first_line(error)}") from error
-
-    @property
-    def name(self) -> str:
-        if self.hub:
-            return ":".join(filter(None, (self.hub, self.config, self.split)))
-        return (
-            ", ".join(file.name for file in self.files[:3]) + ", .." * (len(self.files) > 3) or "Python's own sources"
-        )
-
-    def identity(self) -> list[Any]:
-        """What a resumed run must find again."""
-        return [self.kind, self.name, self.field, [[file.name, file.stat().st_size] for file in self.files]]
-
-
-def _kind(file: Path) -> str:
-    """The loader for a file's suffix, or nothing."""
-    suffixes = [suffix for suffix in file.suffixes if suffix not in _COMPRESSED]
-    return _KINDS.get(suffixes[-1], "") if suffixes else ""
-
-
-def _files(place: Path) -> list[Path]:
-    if place.is_dir():
-        found = sorted(file for file in place.rglob("*") if file.is_file() and _kind(file))
-    else:
-        found = [place] if _kind(place) else []
-    if not found:
-        raise SystemExit(f"{place}: expected {', '.join(_KINDS)}, or a folder with such files")
-    return found
-
-
-def _python_sources() -> Iterator[dict[str, str]]:
-    for source in standard_library():
-        yield {"text": source.decode("utf-8", "replace")}
+SPLITTING = (PreTrainedTokenizer, PreTrainedTokenizerFast)  # mistral-common's take text for text without being told
 
 
 # ---- what is held out
@@ -164,23 +68,50 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenize
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=END, clean_up_tokenization_spaces=False)
 
 
-def load_tokenizer(place: str) -> PreTrainedTokenizerFast:
-    """From a folder or a hub; it needs an end-of-sequence token, which packing puts behind every document."""
+def load_tokenizer(place: str) -> PreTrainedTokenizerBase:
+    """From a folder or a hub. Packing puts its end-of-sequence token behind every document.
+
+    Raises:
+        SystemExit: it has no such token, or takes text for one of its special tokens.
+    """
     try:
         tokenizer = AutoTokenizer.from_pretrained(place)
     except (OSError, ValueError, KeyError) as error:
         raise SystemExit(f"{place}: cannot be loaded as a tokenizer: {first_line(error)}") from error
     if tokenizer.eos_token_id is None:
         raise SystemExit(f"{place}: the tokenizer has no end-of-sequence token, which separates documents")
+    if isinstance(tokenizer, SPLITTING):
+        tokenizer.add_tokens(tokenizer.all_special_tokens, special_tokens=True)  # its file may call them ordinary ones
+    for token in sorted(special_tokens(tokenizer)):
+        number, texts = tokenizer.convert_tokens_to_ids(token), [token, f"a{token}b", f"a {token} b"]
+        if any(number in ids for ids in token_ids(texts, tokenizer)):
+            raise SystemExit(f"{place}: the tokenizer takes {token!r} in a text for its special token, which ends or "
+                             "marks documents; give another tokenizer")  # fmt: skip
     return tokenizer
 
 
-def tokens_of(texts: list[str], tokenizer: PreTrainedTokenizerFast) -> np.ndarray:
+def special_tokens(tokenizer: PreTrainedTokenizerBase) -> set[str]:
+    """All of them, but the one for unknown text, which text may have."""
+    tokens = set(tokenizer.all_special_tokens)
+    if isinstance(tokenizer, SPLITTING):
+        tokens |= {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
+    return tokens - ({tokenizer.unk_token} - {tokenizer.eos_token})
+
+
+def token_ids(texts: list[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
+    """Of each text, with nothing added; special tokens that a text spells are text."""
+    options = dict(add_special_tokens=False, return_attention_mask=False, verbose=False)
+    if isinstance(tokenizer, SPLITTING):
+        options["split_special_tokens"] = True
+    return tokenizer(texts, **options)["input_ids"]
+
+
+def tokens_of(texts: list[str], tokenizer: PreTrainedTokenizerBase) -> np.ndarray:
     """[N] int32: the documents one after another, each with the end-of-sequence token behind it, nothing else added."""
     if not texts:
         return np.empty(0, np.int32)
-    ids = tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
-    return np.concatenate([np.asarray([*document, tokenizer.eos_token_id], np.int32) for document in ids])
+    end = tokenizer.eos_token_id
+    return np.concatenate([np.asarray([*document, end], np.int32) for document in token_ids(texts, tokenizer)])
 
 
 def pack(tokens: np.ndarray, seq_len: int) -> tuple[np.ndarray, np.ndarray]:

@@ -12,7 +12,9 @@ from typing import Any
 
 from pretraining.files import locked
 
-from .data import HeldOut, Source, load_tokenizer, train_tokenizer
+from .data import HeldOut, load_tokenizer, train_tokenizer
+from .documents import Source
+from .train import checkpoints_of
 
 TOKENIZER_DOCUMENTS = 100_000  # the first so many are what a tokenizer is trained on
 
@@ -28,7 +30,7 @@ def claim(arguments: argparse.Namespace, until_the_end: contextlib.ExitStack) ->
     until_the_end.enter_context(locked(out))
     there = [path for path in sorted(out.iterdir()) if path.name != "lock"]
     if arguments.overwrite:
-        for path in [*out.glob("checkpoint-*"), *(out / name for name in ("logs", "model", "tokenizer"))]:
+        for path in [*checkpoints_of(out), *(out / name for name in ("logs", "model", "tokenizer"))]:
             shutil.rmtree(path, ignore_errors=True)
         for name in ("run.json", "trainer_state.json"):
             (out / name).unlink(missing_ok=True)
@@ -67,6 +69,8 @@ def ensure_tokenizer(folder: Path, source: Source, held_out: HeldOut, vocab_size
 
 def checked_tokenizer(place: str, vocab_size: int) -> Any:
     tokenizer = load_tokenizer(place)
-    if len(tokenizer) > vocab_size:
-        raise SystemExit(f"--vocab-size: expected at least the {len(tokenizer)} tokens of {place}, got {vocab_size}")
+    largest = max(tokenizer.get_vocab().values())  # there may be holes below
+    if largest >= vocab_size:
+        raise SystemExit(f"--vocab-size: expected at least the {len(tokenizer)} tokens of {place}, whose largest id is "
+                         f"{largest}, got {vocab_size}")  # fmt: skip
     return tokenizer

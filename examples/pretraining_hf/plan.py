@@ -17,7 +17,7 @@ NORMS = {"bhyt": "bhyt", "bhyt-exact": "bhytstar", "rmsnorm": None}  # norm -> n
 
 def build_model(shape: dict[str, Any], norm: str, seq_len: int, exact_layers: int = 0, unit_gains: bool = False) -> Any:
     """A Llama with fresh float32 weights from torch's random state; its norms converted, unless they stay."""
-    config = LlamaConfig(**shape, max_position_embeddings=seq_len, use_cache=False)
+    config = LlamaConfig(**shape, max_position_embeddings=seq_len)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     if NORMS[norm]:
         bhyt.hf.convert(model, norm_type=NORMS[norm], seq_len=seq_len, exact_layers=exact_layers, warm_start=unit_gains)
@@ -122,14 +122,16 @@ class Plan:
             return tensor
 
         hooks = torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor)
+        for site in model.modules():
+            if isinstance(site, bhyt.BHyTApprox):
+                site.offset_is_set = True  # there is no value to look at
         with FakeTensorMode(allow_non_fake_inputs=True):
-            model.to_empty(device="cpu").train()
-            for site in model.modules():
-                if isinstance(site, bhyt.BHyTApprox):
-                    site.offset_is_set = True  # there is no value to look at
+            tensors = {name: torch.empty_like(tensor, device="cpu").requires_grad_(tensor.requires_grad)
+                       for name, tensor in (*model.named_parameters(), *model.named_buffers())}  # fmt: skip
             ids = torch.zeros(self.micro_batch, self.seq_len, dtype=torch.int64)
             with hooks, torch.autocast("cpu", torch.bfloat16, enabled=self.bf16):
-                model(input_ids=ids, labels=ids)
-            for parameter in model.parameters():
-                saved.pop(parameter.untyped_storage()._cdata, None)
+                arguments = {"input_ids": ids, "labels": ids, "use_cache": False}
+                torch.func.functional_call(model.train(), tensors, kwargs=arguments)
+            for name, _ in model.named_parameters():
+                saved.pop(tensors[name].untyped_storage()._cdata, None)
         return [tensor.untyped_storage().nbytes() for tensor in saved.values()]

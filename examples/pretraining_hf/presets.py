@@ -5,8 +5,8 @@
              a step, Adam without decay or clipping, a cosine to a tenth.
 374m, 1b     BHyT (2601.09719): the authors' own 374M shape with Llama 3's vocabulary, and Llama-3.2-1B. Of their
              script: sequences of 1024, 16 a device and step, 20,000 steps of the 1B model, AdamW (0.9, 0.95), decay and
-             the middle one of the learning rates that they search. The number of devices is not given: 128 sequences are
-             those of eight; nor are the steps of the 374M model: those of the 1B one.
+             the middle one of the learning rates that they search. They do not give the number of devices: 128
+             sequences are the batch of eight. Nor do they give the steps of the 374M model: it takes the 1B one's.
 tiny         nobody's, for minutes on a CPU, to see that all parts work.
 """
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
+import shutil
 import time
 from pathlib import Path
 from typing import Any, Callable
@@ -23,7 +25,17 @@ POSITION = "data.json"  # in a checkpoint; written last, so that a checkpoint wi
 
 
 class StreamTrainer(Trainer):
-    """Its batches are those of its own process's streams, which need no sharding and are not read ahead."""
+    """Its batches are those of its own process's streams, which need no sharding and are not read ahead.
+
+    Its forwards build no cache. The model's config says use_cache, as saved models should: generate reads it.
+    """
+
+    def __init__(self, model: Any, *args: Any, **kwargs: Any) -> None:
+        super().__init__(model, *args, **kwargs)
+        model.config.use_cache = True  # Trainer sets it to false
+
+    def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        return super().compute_loss(model, {**inputs, "use_cache": False}, *args, **kwargs)
 
     def get_train_dataloader(self) -> DataLoader:
         return DataLoader(
@@ -32,10 +44,14 @@ class StreamTrainer(Trainer):
 
 
 class Position(TrainerCallback):
-    """Puts the position of every stream, of all processes, beside what a checkpoint has."""
+    """Puts the position of every stream, of all processes, beside what a checkpoint has; then deletes old checkpoints.
 
-    def __init__(self, sequences: Sequences, world: World) -> None:
-        self._sequences, self._world = sequences, world
+    Trainer's own rotation goes by the time of folders, and counts those that are not whole.
+    """
+
+    def __init__(self, sequences: Sequences, world: World, keep: int) -> None:
+        """keep: so many of the last whole checkpoints."""
+        self._sequences, self._world, self._keep = sequences, world, keep
 
     def on_save(self, args: TrainingArguments, state: Any, control: Any, **_: Any) -> None:
         parts: list[Any] = [self._sequences.state_dict()] * self._world.size
@@ -46,12 +62,31 @@ class Position(TrainerCallback):
             unfinished = file.with_suffix(".tmp")
             unfinished.write_text(json.dumps([position for part in parts for position in part]))
             os.replace(unfinished, file)
+            rotate(Path(args.output_dir), self._keep)
+
+
+def checkpoints_of(out: Path) -> list[Path]:
+    """The folders `checkpoint-STEP`, by step; other names are the user's."""
+    found = [path for path in out.glob("checkpoint-*") if re.fullmatch("checkpoint-[0-9]+", path.name)]
+    return sorted(found, key=step_of)
+
+
+def whole_checkpoints(out: Path) -> list[Path]:
+    return [checkpoint for checkpoint in checkpoints_of(out) if (checkpoint / POSITION).exists()]
 
 
 def last_checkpoint(out: Path) -> Path | None:
     """The newest one that is whole."""
-    complete = [file.parent for file in out.glob(f"checkpoint-*/{POSITION}")]
-    return max(complete, key=step_of, default=None)
+    return next(reversed(whole_checkpoints(out)), None)
+
+
+def rotate(out: Path, keep: int) -> None:
+    """Deletes all checkpoints but the last `keep` whole ones."""
+    kept = whole_checkpoints(out)[-keep:]
+    for checkpoint in checkpoints_of(out):
+        if checkpoint not in kept:
+            (checkpoint / POSITION).unlink(missing_ok=True)  # from now on it is not whole
+            shutil.rmtree(checkpoint, ignore_errors=True)
 
 
 def step_of(checkpoint: Path) -> int:
@@ -114,11 +149,13 @@ def make_trainer(
     tokenizer: Any,
     world: World,
     refresh: int,
+    keep: int,
     received: Callable[[], int],
 ) -> tuple[StreamTrainer, StopOnSignal]:
     """
     Args:
         refresh: steps between updates of variance offsets; 0: the model has none.
+        keep: see Position.
         received: see StopOnSignal.
     """  # fmt: skip
     stop = StopOnSignal(received, world)
@@ -127,7 +164,8 @@ def make_trainer(
     callbacks = [bhyt.hf.refresh_callback(refresh)] if refresh else []
     trainer = StreamTrainer(
         model, arguments, data_collator=default_collate, train_dataset=sequences, eval_dataset=evaluation,
-        processing_class=tokenizer, callbacks=[*callbacks, stop, Position(sequences, world), Report(tokens, world)],
+        processing_class=tokenizer,
+        callbacks=[*callbacks, stop, Position(sequences, world, keep), Report(tokens, world)],
     )  # fmt: skip
     trainer.remove_callback(PrinterCallback)
     return trainer, stop

@@ -56,30 +56,32 @@ bool near(double given, double exact, double error, DType t) {
   return std::fabs(given - exact) <= error + 0.5001 * ulp(std::fabs(exact) + error, t);
 }
 
-// Element j of a gain as bf16 rows of n elements take it.
+// Where element j of n of a prepared weight lies.
 int64_t place(const cpu::Kernels& table, DType stream, int64_t j, int64_t n) {
   const int64_t block = table.bfloat_block, first = j - j % block, k = j - first;
   return stream != DType::bf16 || block == 1 || first + block > n ? j : first + k % 2 * (block / 2) + k / 2;
 }
 
-struct Gain {
-  Buffer as_rows_take_it, in_order;
+struct Weight {
+  Buffer memory;
+  cpu::PreparedWeight prepared;
+  Buffer in_order;
 };
 
-Gain wide_weight(const cpu::Kernels& table, const SiteParams& p, const Quantization* quantization = nullptr) {
+Weight prepare_weight(const cpu::Kernels& table, const SiteParams& p, const Quantization* quantization = nullptr) {
   const DType A = accumulate_dtype(p.stream);
-  Buffer wide(A, p.d), in_order(A, p.d), expected(A, p.d);
-  table.widen(p.weight, p.stream, quantization, p.d, wide.data());
-  for (int64_t j = 0; j < p.d; ++j) in_order.set(j, wide.get(place(table, p.stream, j, p.d)));
+  Buffer memory(A, p.d), in_order(A, p.d), expected(A, p.d);
+  const cpu::PreparedWeight prepared = table.prepare_weight(p, quantization, memory.data());
+  for (int64_t j = 0; j < p.d; ++j) in_order.set(j, memory.get(place(table, p.stream, j, p.d)));
   for (int64_t j = 0; j < p.d; ++j) expected.set(j, p.weight.data ? cpu::read(p.weight, j) : 1);
   if (quantization)
     for (int64_t j = 0; j < p.d; ++j) {
       const double over_scale = expected.get(j) * quantization->inverse_scale;
-      check(near(in_order.get(j), over_scale, 2 * rounding(A) * std::fabs(over_scale), A), "gain over the scale", table.name);
+      check(near(in_order.get(j), over_scale, 2 * rounding(A) * std::fabs(over_scale), A), "weight over the scale", table.name);
     }
   else
-    check(in_order.bytes() == expected.bytes(), "widened gain", table.name);
-  return {std::move(wide), std::move(in_order)};
+    check(in_order.bytes() == expected.bytes(), "prepared weight", table.name);
+  return {std::move(memory), prepared, std::move(in_order)};
 }
 
 // f(begin, end) over [0, n), in one thread or in two.
@@ -191,14 +193,14 @@ void forward(Bytes& in) {
     p.quantization = Quantization{dtype, 1 / (source.scale(DType::f16) / 127), zero_point};
   }
   const Quantization* quantization = p.quantization ? &*p.quantization : nullptr;
-  for (const cpu::Kernels* table : cpu::runnable_kernels()) {
-    const Gain weight = wide_weight(*table, p, quantization);
+  for (const cpu::Kernels* table : cpu::runnable_kernels(p.stream)) {
+    const Weight weight = prepare_weight(*table, p, quantization);
     ForwardOutputs out[2];
     for (int i = 0; i < 2; ++i) {
       p.y = (out[i].y = Buffer(quantization ? quantization->dtype : p.branch, p.rows * p.d)).data();
       if (kind > 0) p.sum = (out[i].sum = Buffer(p.stream, p.rows * p.d)).data();
       if (p.exact) p.variance_out = (out[i].variance = Buffer(site.accumulate, p.rows)).data();
-      run(i == 1, p.rows, at, [&](int64_t begin, int64_t end) { table->forward(p, weight.as_rows_take_it.data(), begin, end); });
+      run(i == 1, p.rows, at, [&](int64_t begin, int64_t end) { table->forward(p, weight.prepared, begin, end); });
     }
     check(out[0].y.bytes() == out[1].y.bytes(), "y has other bits in parts", table->name);
     check(out[0].sum.bytes() == out[1].sum.bytes(), "sum has other bits in parts", table->name);
@@ -289,8 +291,8 @@ void backward(Bytes& in) {
   void* const nowhere = reinterpret_cast<void*>(64);  // of what serves nothing that is wanted; so are null pointers
   const auto count = cpu::chunks_of(p.rows).count;
   const int64_t at = in.below(count + 1), column = in.below(p.d / cpu::kColumnBlock + 1) * cpu::kColumnBlock;
-  for (const cpu::Kernels* table : cpu::runnable_kernels()) {
-    const Gain weight = wide_weight(*table, p);
+  for (const cpu::Kernels* table : cpu::runnable_kernels(p.stream)) {
+    const Weight weight = prepare_weight(*table, p);
     BackwardOutputs out[2];
     for (int i = 0; i < 2; ++i) {
       if (wants_x) p.grad_x = (out[i].x = Buffer(p.stream, p.rows * p.d)).data();
@@ -308,7 +310,7 @@ void backward(Bytes& in) {
         Buffer g;
         cpu::Scratch scratch = sums;
         if (p.exact && p.grad_x) scratch.g = (g = Buffer(site.accumulate, p.d)).data();
-        table->backward(p, p.needs_g() ? weight.as_rows_take_it.data() : nullptr, scratch, begin, end);
+        table->backward(p, p.needs_g() ? weight.prepared : cpu::PreparedWeight(), scratch, begin, end);
       });
       if (p.grad_weight)
         run(i == 1, p.d, column, [&](int64_t begin, int64_t end) { table->sum_weight(p, sums, begin, end); });

@@ -4,6 +4,7 @@
 // which have lanes of their own, all numbers of bf16 times as many a in [1, 2) instead.
 //
 //   tanh_sweep [STRIDE [TIER]]     STRIDE 1 (the default) takes all 2^32 floats: half an hour of CPU time
+#include <bit>
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
@@ -80,10 +81,10 @@ Worst sweep(const cpu::Kernels& kernels, DType dtype, int digits, int smallest_e
   for (uint64_t bits = begin; bits < end;) {
     int64_t n = 0;
     if (bits == begin)  // whatever the stride
-      for (const uint64_t special : specials) x[n++] = cpu::bit_cast<float>(static_cast<uint32_t>(special));
-    for (; n < kBlock && bits < end; bits += stride) x[n++] = cpu::bit_cast<float>(static_cast<uint32_t>(bits));
+      for (const uint64_t special : specials) x[n++] = std::bit_cast<float>(static_cast<uint32_t>(special));
+    for (; n < kBlock && bits < end; bits += stride) x[n++] = std::bit_cast<float>(static_cast<uint32_t>(bits));
     p.d = n;
-    kernels.forward(p, no_gain.data(), 0, 1);
+    kernels.forward(p, {no_gain.data()}, 0, 1);
     for (int64_t i = 0; i < n; ++i)  // x + 0 drops the sign of -0
       note(worst, cpu::widen(y[i]), static_cast<double>(a) * x[i], digits, smallest_exponent, dtype != DType::f32);
   }
@@ -109,7 +110,7 @@ Worst sweep_bfloat(const cpu::Kernels& kernels, int64_t begin, int64_t end, int6
   Worst worst;
   for (int64_t i = begin; i < end; ++i) {
     lam = 1 + static_cast<float>(i) / static_cast<float>(scales);
-    kernels.forward(p, no_gain.data(), 0, 1);
+    kernels.forward(p, {no_gain.data()}, 0, 1);
     for (int64_t j = 0; j < kBlock; ++j) note(worst, cpu::widen(y[j]), lam * cpu::widen(x[j]), 8, -133, false);
   }
   return worst;

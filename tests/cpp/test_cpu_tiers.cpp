@@ -43,6 +43,7 @@ int main() {
   check(kernels_for("SVE256", all), "default", "another kind of CPU's");
   const auto here = runnable_kernels();
   check(kernels_for("AVX512", here), here.back()->name, "all that this CPU can run");
+  check(kernels_for("AVX512", runnable_kernels(bhyt::DType::f64)), "default", "rows of float64");
   std::printf("%d failures\n", failures);
   return failures != 0;
 }

@@ -1,5 +1,6 @@
-// The arithmetic of csrc/cuda/math.cuh and vec.cuh on the host, approximate instructions at their worst.
-#include "math.cuh"
+// The arithmetic of formats.cuh, scalars.cuh, tanh.cuh and vec.cuh on the host, approximate instructions at their worst.
+#include "scalars.cuh"
+#include "tanh.cuh"
 
 #include "rows.h"
 #include "vec.cuh"

@@ -12,7 +12,8 @@
 #include "../ops/device.h"
 #include "launch.h"
 
-// Older than Stream::native_handle. Newer torch is asked through c10 alone: it builds, and links, without CUDA as well.
+// torch before 2.11 has no Stream::native_handle. Newer torch is asked through c10 alone, so that this builds and links
+// with a CPU build of torch too.
 #if TORCH_VERSION_MAJOR == 2 && TORCH_VERSION_MINOR < 11
 #include <c10/cuda/CUDAStream.h>
 #define BHYT_STREAM_OF(device) c10::cuda::getCurrentCUDAStream((device).index()).stream()
@@ -40,15 +41,15 @@ void check(cudaError_t error, int index) {
   TORCH_CHECK(false, "bhyt: device cuda:", index, ": ", problem);
 }
 
-// This library has a CUDA runtime of its own, beside torch's: both follow the thread's current device, which torch's
-// guard sets; asking costs less than being wrong.
+// This library has a CUDA runtime of its own beside torch's. Both follow the thread's current device, which torch's
+// guard sets; this makes sure of it.
 void make_current(int index) {
   int current = -1;
   if (cudaGetDevice(&current) == cudaSuccess && current == index) return;
   check(cudaSetDevice(index), index);
 }
 
-// Current from here on; the driver is asked about it once.
+// Makes the device current. The driver is asked about it once.
 const cuda::Device& use_device(const c10::Device& wanted) {
   constexpr int kMost = 64;
   static std::array<cuda::Description, kMost> descriptions;
