@@ -54,13 +54,10 @@ class VarianceOffset(nn.Module):
             raise ValueError(f"offset: expected one element, got shape {list(value.shape)}")
         if value.device.type == "cpu" and not value.item() >= 0:
             raise ValueError(f"offset: expected a number >= 0, got {value.item()}")
-        self._write_offset(value.reshape(1), new=_is_held(self.variance_offset))
-
-    def _write_offset(self, value: Tensor, new: bool) -> None:
-        if new:
+        if _is_held(self.variance_offset):
             with torch.inference_mode(False):  # a tensor that training may save
                 self.variance_offset = torch.empty_like(self.variance_offset)
-        self.variance_offset.copy_(value)
+        self.variance_offset.copy_(value.reshape(1))
         self.offset_is_set = self.offset_given = not self.variance_offset.is_meta
 
     def _put_offset(self, buffer: Tensor) -> None:

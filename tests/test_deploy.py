@@ -58,6 +58,7 @@ def fresh_process(code: str, *arguments: object, library: str = "") -> None:
         [sys.executable, "-c", prologue + code, library or bhyt.library_path(), *map(str, arguments)],
         capture_output=True,
         text=True,
+        cwd=Path(__file__).parent,  # not the repository's root, where an installed bhyt is hidden
     )
     assert run.returncode == 0, run.stderr
 

@@ -378,6 +378,7 @@ def test_a_refresh_between_forward_and_backward() -> None:
         assert site.variance_offset.data_ptr() == address
 
 
+@torch.no_grad()
 def test_compiled() -> None:
     """Nothing is looked at inside a compiled graph: offsets stay until a refresh, which keeps their address, so that the
     graph has it without being compiled anew."""

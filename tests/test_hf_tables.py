@@ -142,7 +142,7 @@ def test_peft_in_any_order(tmp_path: Path) -> None:
         "tuned = peft.get_peft_model(model, peft.LoraConfig(r=2))\n"
         "print(*sorted({n.split('.')[-4] for n, _ in tuned.named_parameters() if 'lora_A' in n}))\n"
     )
-    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path)
     assert run.returncode == 0, run.stderr[-2000:]
     assert run.stdout.split() == ["q_proj", "v_proj"]
 
