@@ -1,6 +1,6 @@
 """What the pages say: tests that exist, blocks that run, links that lead somewhere; and the types, which are documentation
 too. The blocks of docs/deploy.md are run by test_deploy.py, those of docs/huggingface.md by test_hf_page.py, those of
-docs/quantization.md by test_quantization.py, those of docs/serving.md by test_vllm.py."""
+docs/quantization.md by test_quantization.py, those of docs/serving.md by engines/test_vllm.py."""
 
 import re
 import subprocess

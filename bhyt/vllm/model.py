@@ -18,7 +18,12 @@ class BHyTMixin:
 
     def __init__(self, *, vllm_config: Any, prefix: str = "") -> None:
         config = vllm_config.model_config.hf_config
-        check_config(config, lora=vllm_config.lora_config is not None)
+        check_config(
+            config,
+            enable_lora=vllm_config.lora_config is not None,
+            quantization=vllm_config.quant_config is not None,
+            load_format=vllm_config.load_config.load_format == "dummy",
+        )
         setattr(config, SERVED, True)
         super().__init__(vllm_config=vllm_config, prefix=prefix)  # type: ignore[call-arg]
         keep_loaded(self.model)
@@ -27,7 +32,7 @@ class BHyTMixin:
             self.logits_processor.scale = 1 / scaling
 
     def load_weights(self, weights: Weights) -> Set[str]:
-        """As vLLM's. Offsets that do not come with the weights are computed from them; see `Loading.finish`."""
+        """As vLLM's. Offsets that do not come with the weights are computed from them; see `Loading.watch`."""
         loading = Loading(self.model)
         loaded: Set[str] = super().load_weights(loading.watch(weights))  # type: ignore[misc]
         loading.finish(loaded, prefix="model.")
