@@ -196,7 +196,7 @@ print("SECONDS", time.process_time() - start)
 assert "bhyt.hf" not in sys.modules
 config = AutoConfig.from_pretrained(sys.argv[1])
 assert type(config).__module__ == "bhyt.hf.families.llama" and config.seq_len == 32
-assert registered[config.architectures[0]] == "bhyt.vllm.model:ForCausalLM"
+assert registered[config.architectures[0]] == "bhyt.vllm.native:LlamaForCausalLM"
 assert table[config.model_type](config).derive_max_model_len_and_key() == (128, "max_position_embeddings")
 assert config.seq_len == 32
 bhyt.vllm.register()

@@ -31,8 +31,14 @@ _REFUSED = {
 }
 
 
-def check_config(config: Any, **asked: bool) -> None:
-    """Refuse what would be computed wrong. asked: for each name in _REFUSED whether vLLM is asked for it."""
+def check_config(vllm_config: Any) -> None:
+    """Refuse what would be computed wrong."""
+    config = vllm_config.model_config.hf_config
+    asked = {
+        "enable_lora": vllm_config.lora_config is not None,
+        "quantization": vllm_config.quant_config is not None,
+        "load_format": vllm_config.load_config.load_format == "dummy",
+    }
     if getattr(config, "bhyt_quantization", None):
         raise ValueError("model: 8-bit linears of bhyt.quantization are not served; serve the model that was quantised")
     if config.norm_type != "bhytstar" and config.var_approx_exact_layers < config.num_hidden_layers:
@@ -58,15 +64,29 @@ def keep_loaded(model: nn.Module) -> None:
             layer.__dict__["_offset"] = LoadedOffset()
 
 
+class LoadsOffsets:
+    """In front of a class of vLLM's that loads weights."""
+
+    model: Any
+    config: Any
+
+    def load_weights(self, weights: Weights) -> Set[str]:
+        """As vLLM's. Offsets that do not come with the weights are computed from them; see `Loading.watch`."""
+        loading = Loading(self.model)
+        loaded: Set[str] = super().load_weights(loading.watch(weights))  # type: ignore[misc]
+        loading.finish(loaded, prefix="model.")
+        return loaded
+
+
 class Loading:
     """One pass of weights into a model: `watch` them, then `finish`."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: Any) -> None:
         self._model = model
         self._layers = {
-            int(name.rpartition(".")[2]): _Layer(layer)
+            int(name.rpartition(".")[2]): _Layer(layer, model.config)
             for name, layer in model.named_modules()
-            if isinstance(layer, ConvertedLayer) and layer.approximate
+            if isinstance(getattr(layer, "post_attention_layernorm", None), BHyTApprox)
         }
 
     def watch(self, weights: Weights) -> Iterator[Tuple[str, Tensor]]:
@@ -111,11 +131,11 @@ class Loading:
 class _Layer:
     """What of a layer's weights has passed by."""
 
-    def __init__(self, layer: Any) -> None:
-        self._layer, self.site = layer, layer.post_attention_layernorm
+    def __init__(self, layer: Any, config: Any) -> None:
+        self._layer, self._seq_len, self.site = layer, config.seq_len, layer.post_attention_layernorm
         self._had_offset, self._dtype = self.site.offset_is_set, layer.input_layernorm.lam.dtype
         self._sources = {_V, _O, _LAM}
-        if layer.config.use_gamma_var and layer.input_layernorm.weight is not None:
+        if config.use_gamma_var and layer.input_layernorm.weight is not None:
             self._sources.add(_GAIN)
         self._seen: Set[str] = set()
         self._found: Dict[str, Tensor] = {}
@@ -135,7 +155,7 @@ class _Layer:
 
     def _c(self, v: Tensor, o: Tensor) -> Tensor:
         groups, head_dim = o.shape[1] // v.shape[0], self._layer.self_attn.head_dim
-        return attention_gain(v, o, self._layer.config.seq_len, groups, head_dim=head_dim)
+        return attention_gain(v, o, self._seq_len, groups, head_dim=head_dim)
 
     def missing(self, number: int) -> Iterator[Tuple[str, Tensor]]:
         """The offset, if it has not passed by and is not in force any more."""

@@ -40,8 +40,7 @@ WIDE = dict(hidden_size=128, pad_token_id=0)  # families that want heads * head_
 VARIANTS: Dict[str, Tuple[Dict[str, Any], Dict[str, Any]]] = {
     "Llama": ({}, {}),
     "Llama, prefix caching": ({}, {"enable_prefix_caching": True, "block_size": 32}),
-    "Llama, exact": ({"norm_type": "bhytstar"}, {}),
-    "Llama, exact with LoRA enabled": ({"norm_type": "bhytstar"}, {"enable_lora": True}),
+    "Llama, exact": ({"norm_type": "bhytstar", "last_layer_lam": 1.5}, {}),
     "Llama, frozen lam": ({"learnable_lam": False}, {}),
     "Llama, last_layer_lam, exact_layers": ({"last_layer_lam": 1.5, "exact_layers": 1}, {}),
     "Llama, no offsets": ({}, {}),
@@ -49,13 +48,15 @@ VARIANTS: Dict[str, Tuple[Dict[str, Any], Dict[str, Any]]] = {
     "Llama, tied, no offsets": ({"tie_word_embeddings": True}, {}),
     "Llama, compiled": ({}, {"enforce_eager": False}),
     "Mistral": ({"family": "Mistral", "sliding_window": 8}, {}),
-    "Qwen2": ({"family": "Qwen2"}, {}),
+    "Qwen2": ({"family": "Qwen2", "sizes": WIDE}, {}),
     "Qwen3": ({"family": "Qwen3", "tie_word_embeddings": True}, {}),
     "Mixtral": ({"family": "Mixtral", "sizes": EXPERTS | {"num_local_experts": 4}}, {}),
     "Qwen3Moe": ({"family": "Qwen3Moe", "sizes": EXPERTS | {"num_experts": 4, "moe_intermediate_size": 32}}, {}),
     "Olmoe": ({"family": "Olmoe", "sizes": WIDE | EXPERTS | {"num_experts": 4}}, {}),
     "Granite": ({"family": "Granite", "sizes": WIDE | dict(
         logits_scaling=4.0, embedding_multiplier=3.0, attention_multiplier=0.3)}, {}),
+    "Helium, exact with LoRA enabled": (
+        {"family": "Helium", "norm_type": "bhytstar", "sizes": WIDE}, {"enable_lora": True}),
     "Helium": ({"family": "Helium", "sizes": WIDE}, {}),
     "Glm": ({"family": "Glm", "sizes": WIDE}, {}),
     "Phi3": ({"family": "Phi3", "norm_type": "bhytstar", "sizes": WIDE}, {}),

@@ -1,5 +1,6 @@
 """Weights that pass by on their way into an engine's model, and what the plugin refuses; no engine is needed."""
 
+from types import SimpleNamespace
 from typing import Any, Dict, Iterator, List, Tuple
 
 import pytest
@@ -148,11 +149,19 @@ def test_what_is_refused(asked: str) -> None:
     """What moves or makes up offsets is refused by name where a layer has one, and only there."""
     from bhyt.vllm.weights import check_config
 
-    make = lambda **options: hf.BHyTLlamaConfig(**SIZES, seq_len=32, **options)  # noqa: E731
+    def make(asked: str = "", **options: Any) -> Any:
+        """As much of vLLM's config as is looked at."""
+        return SimpleNamespace(
+            model_config=SimpleNamespace(hf_config=hf.BHyTLlamaConfig(**SIZES, seq_len=32, **options)),
+            lora_config=object() if asked == "enable_lora" else None,
+            quant_config=object() if asked == "quantization" else None,
+            load_config=SimpleNamespace(load_format="dummy" if asked == "load_format" else "auto"),
+        )
+
     with pytest.raises(ValueError, match=f"^{asked}: "):
-        check_config(make(), **{asked: True})
-    check_config(make(), **{asked: False})
+        check_config(make(asked))
+    check_config(make())
     for options in ({"norm_type": "bhytstar"}, {"var_approx_exact_layers": 3}):
-        check_config(make(**options), **{asked: True})
+        check_config(make(asked, **options))
     with pytest.raises(ValueError, match="8-bit"):
-        check_config(make(bhyt_quantization={"dtype": "int8"}), **{asked: False})
+        check_config(make(bhyt_quantization={"dtype": "int8"}))
