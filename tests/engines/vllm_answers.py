@@ -15,8 +15,10 @@ from typing import Any, Dict, List
 
 def room(worker: Any) -> None:
     """For what a pipeline's stage receives. On a CPU vLLM makes it when it compiles, and else forgets it."""
+    from vllm.distributed import get_pp_group
+
     runner = worker.model_runner
-    if not runner.model.pp_group.is_first_rank:
+    if not get_pp_group().is_first_rank:
         runner.intermediate_tensors = runner.model.make_empty_intermediate_tensors(
             batch_size=runner.max_num_tokens, dtype=runner.model_config.dtype, device=runner.device
         )
