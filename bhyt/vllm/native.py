@@ -74,16 +74,16 @@ def _model_of_sites(vllm_config: Any) -> Any:
 
 
 class LlamaForCausalLM(Native, Llama):  # type: ignore[misc]
-    pass
+    """vLLM's Llama with sites."""
 
 
 class MistralForCausalLM(Native, Mistral):  # type: ignore[misc]
-    pass
+    """vLLM's Mistral with sites."""
 
 
 class Qwen2ForCausalLM(Native, Qwen2):  # type: ignore[misc]
-    pass
+    """vLLM's Qwen2 with sites."""
 
 
 class Qwen3ForCausalLM(Native, Qwen3):  # type: ignore[misc]
-    pass
+    """vLLM's Qwen3 with sites."""
