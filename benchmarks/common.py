@@ -263,7 +263,10 @@ def result_path(name: str, *, device: Optional[str] = None, out: Optional[str] =
 def write_json(
     name: str, payload: Mapping[str, Any], *, device: Optional[str] = None, out: Optional[str] = None
 ) -> Path:
-    """Write `result_path`; one line per problem, so that runs compare by diff."""
+    """Write `result_path`; one line per problem, so that runs compare by diff.
+
+    A file that is there is replaced at once: who is stopped while writing leaves the file of before.
+    """
     path = result_path(name, device=device, out=out)
     path.parent.mkdir(parents=True, exist_ok=True)
     fields = []
@@ -273,5 +276,7 @@ def write_json(
         else:
             text = json.dumps(value)
         fields.append(f" {json.dumps(key)}: {text}")
-    path.write_text("{\n" + ",\n".join(fields) + "\n}\n")
+    fresh = path.with_name(path.name + ".new")
+    fresh.write_text("{\n" + ",\n".join(fields) + "\n}\n")
+    os.replace(fresh, path)
     return path

@@ -1,9 +1,11 @@
 """What CUDA benchmarks add to common.py: timing by device events over replayed CUDA graphs, device facts."""
 
 import gc
+import json
 from collections import deque
 from dataclasses import dataclass
 from math import ceil
+from pathlib import Path
 from statistics import median, quantiles
 from typing import Any, Callable, Mapping, Optional
 
@@ -11,6 +13,7 @@ import common
 import torch
 
 DEVICE = "cuda"
+MOST_ROWS = 1 << 60  # of a problem's buffers
 # Milliseconds of work per sample: long against the few microseconds by which two events are off.
 SAMPLE_MS = 0.5
 
@@ -143,4 +146,37 @@ def interleave(
 
 def environment() -> dict[str, Any]:
     """common.environment() and the device."""
-    return {**common.environment(), **device_record()}
+    device = {"device": "dry run", "dry": True} if DEVICE == "cpu" else device_record()
+    return {**common.environment(), **device}
+
+
+def earlier(path: Optional[str], environment: dict[str, Any]) -> Optional[dict[str, Any]]:
+    """What a file has of the same device, software and commit; None where there is nothing.
+
+    Raises:
+        SystemExit: the file is of another one.
+    """
+    if path is None or not Path(path).exists():
+        return None
+    payload = json.loads(Path(path).read_text())
+    for key in ("device", "torch", "commit"):
+        if payload["environment"].get(key) != environment.get(key):
+            was, now = payload["environment"].get(key), environment.get(key)
+            raise SystemExit(f"--resume: {path} is of {key} {was}, this is {now}")
+    return payload
+
+
+def dry_run() -> None:
+    """For trying a benchmark without a GPU: problems have few rows, on the CPU, and every time is made up."""
+    global DEVICE, MOST_ROWS, sets_beyond_l2, interleave
+
+    def made_up(
+        calls: Mapping[str, Callable[[int], object]], *, sets: int, rounds: int = 9, failures: dict[str, str]
+    ) -> dict[str, Timing]:
+        for name, call in calls.items():
+            if name != "empty":
+                call(0)
+        return {name: Timing(float(len(name)), 0.0, rounds, 1, "made up") for name in calls}
+
+    DEVICE, MOST_ROWS = "cpu", 4
+    sets_beyond_l2, interleave = (lambda bytes_per_call: 2), made_up

@@ -15,7 +15,7 @@ from bhyt import diagnostics, functional, quantization, reference  # noqa: E402 
 from bhyt._library import library_path  # noqa: E402
 from bhyt.compiling import decompose_when_compiling, decompositions  # noqa: E402
 from bhyt.folding import fold_gain  # noqa: E402
-from bhyt.gain import attention_gain  # noqa: E402
+from bhyt.gain import attention_gain, value_weight  # noqa: E402
 from bhyt.modules import BHyT, BHyTApprox  # noqa: E402
 from bhyt.optim import parameter_groups  # noqa: E402
 
@@ -32,4 +32,5 @@ __all__ = [
     "parameter_groups",
     "quantization",
     "reference",
+    "value_weight",
 ]

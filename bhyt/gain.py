@@ -60,3 +60,35 @@ def attention_gain(
             raise ValueError(f"head_dim: expected a divisor of {kv_size} when kv_groups > 1, got {head_dim}")
         output = output.reshape(d, kv_size // head_dim, kv_groups, head_dim).sum(2).reshape(d, kv_size)
     return ((values @ values.T) * (output.T @ output)).sum() / (seq_len * d)
+
+
+def value_weight(qkv_weight: Tensor, heads: int, kv_heads: int, *, grouped: bool) -> Tensor:
+    """W_V, as `attention_gain` takes it, out of the weight of a projection that computes queries, keys and values at once.
+
+    Args:
+        qkv_weight: [(heads + 2 * kv_heads) * head_dim, d], all of it: an engine's shard must be gathered before (DTensors
+            are gathered here, by every process that takes part).
+        heads: query heads.
+        kv_heads: KV heads, a divisor of heads.
+        grouped: True where each KV head's rows follow those of its query heads (torchtitan's wqkv, Megatron-Core's
+            linear_qkv): q .. q k v, q .. q k v, ..; False where all queries come first, then all keys, then all values
+            (vLLM's qkv_proj, Phi-3's).
+
+    Returns:
+        [kv_heads * head_dim, d]; no copy where the rows lie together.
+
+    Raises:
+        ValueError: rows that are not those of so many heads.
+    """
+    weight = whole(qkv_weight)
+    if not all(isinstance(n, int) and n >= 1 for n in (heads, kv_heads)) or heads % kv_heads:
+        raise ValueError(f"heads: expected a multiple of kv_heads, both integers >= 1, got {heads} and {kv_heads}")
+    parts = heads + 2 * kv_heads
+    if weight.dim() != 2 or weight.shape[0] % parts or not weight.shape[0]:
+        raise ValueError(
+            f"qkv_weight: expected [{parts} * head_dim, d] for {heads} query and {kv_heads} KV heads,"
+            f" got {list(weight.shape)}"
+        )
+    if not grouped:
+        return weight[weight.shape[0] // parts * (heads + kv_heads) :]
+    return weight.reshape(kv_heads, parts // kv_heads, -1, weight.shape[1])[:, -1].flatten(0, 1)

@@ -2,6 +2,7 @@ r"""Pretrains a small Llama-like language model, once per norm, and draws how th
 
     pip install ".[example]"
     python examples/pretrain.py                               BHyT beside RMSNorm, 2 minutes on 2 CPU cores
+    python examples/pretrain.py --norm bhyt rmsnorm           BHyT as the paper starts it, with gains of 1
     python examples/pretrain.py --norm all --layers 12        other norms, deeper
     torchrun --nproc-per-node 2 examples/pretrain.py          the same batches, shared by two processes
     python examples/pretrain.py --norm bhyt --export folder   AutoModelForCausalLM.from_pretrained("folder")
@@ -30,6 +31,7 @@ from pathlib import Path
 from typing import NoReturn
 
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # deterministic cuBLAS; read when CUDA starts
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # a thread that waits soon gives up its core; read with torch
 
 try:
     import torch
@@ -64,8 +66,8 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         prog="pretrain.py", description=summary, epilog=examples, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--norm", nargs="+", metavar="NORM", choices=[*BLOCKS, "all"],
-                        default=["bhyt", "rmsnorm"],
-                        help=f"what to compare: {', '.join(BLOCKS)}, or all (default: bhyt rmsnorm)")
+                        default=["bhyt-unit-gains", "rmsnorm"],
+                        help=f"what to compare: {', '.join(BLOCKS)}, or all (default: bhyt-unit-gains rmsnorm)")
     parser.add_argument("--text", nargs="+", type=Path, metavar="FILE", default=[],
                         help='plain text, or .jsonl with a "text" per line (default: Python\'s own sources)')
     parser.add_argument("--out", type=Path, default=Path("pretrain-out"), metavar="DIR",

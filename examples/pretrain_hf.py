@@ -25,6 +25,8 @@ import sys
 from itertools import islice
 from typing import Any
 
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # a thread that waits soon gives up its core; read with torch
+
 try:
     import accelerate  # noqa: F401  the trainer's
     import tensorboard  # noqa: F401

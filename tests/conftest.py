@@ -7,9 +7,12 @@ from typing import Iterator, List, Optional
 
 import pytest
 
+CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 # Read when libgomp is loaded. Several workers have more threads than the machine has cores: those that wait must not
-# spin, which takes half of the CPU time of some tests.
+# spin, which takes half of the CPU time of some tests. Two threads each, so that rows are shared out at all.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+if "PYTEST_XDIST_WORKER_COUNT" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(2, CORES // int(os.environ["PYTEST_XDIST_WORKER_COUNT"]))))
 
 import torch  # noqa: E402
 
@@ -39,6 +42,12 @@ def pytest_collect_directory(path: Path, parent: pytest.Collector) -> Optional[p
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "every_tier: also run with every CPU instruction set, by test_tiers.py")
     config.addinivalue_line("markers", "gpu: needs a CUDA device")
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers() -> int:
+    """For -n auto: a worker per core, at most eight; each takes half a gigabyte and imports torch."""
+    return min(CORES, 8)
 
 
 def pytest_collection_modifyitems(items: List[pytest.Item]) -> None:

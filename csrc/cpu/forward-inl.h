@@ -7,7 +7,7 @@
 template <typename V, typename Y>
 struct Output {
   using F = typename V::F;
-  explicit Output(const ForwardParams&) {}
+  Output(const ForwardParams&, PreparedWeight) {}
   F operator()(F t, F weight) const { return V::mul(t, weight); }
 };
 
@@ -18,13 +18,12 @@ struct Output<V, integer8> {
   F even, odd, lowest, highest;
   bool within;  // q cannot pass a limit, whatever t is
 
-  explicit Output(const ForwardParams& p) {
+  Output(const ForwardParams& p, PreparedWeight weight) {
     const Quantization& q = *p.quantization;
     const int rest = q.zero_point & 1;
     even = V::set1(V::last_place_1 + q.zero_point - rest), odd = V::set1(rest);
     lowest = V::set1(V::last_place_1 + q.lowest() - rest), highest = V::set1(V::last_place_1 + q.highest() - rest);
-    within = p.weight.data == nullptr && rest == 0 && q.inverse_scale <= q.highest() - q.zero_point &&
-             q.inverse_scale <= q.zero_point - q.lowest();
+    within = rest == 0 && weight.largest <= q.highest() - q.zero_point && weight.largest <= q.zero_point - q.lowest();
   }
   F operator()(F t, F weight) const {
     const F rounded = V::fma(t, weight, even);
@@ -106,8 +105,8 @@ struct ForwardRow {
         const bool any_large = tanh(xs, t);
         if constexpr (std::is_same_v<Y, integer8>)
           for (int k = 0; any_large && k < span.count; ++k) t[k] = V::zero_if_nan(t[k]);
-        for (int k = 0; k < span.count; ++k)
-          span.template store_untied<V>(y + j, k, output(t[k], span.template load<V>(weight + j, k)));
+        for (int k = 0; k < span.count; ++k) t[k] = output(t[k], span.template load<V>(weight + j, k));
+        span.template store_all<V>(y + j, t);
       });
     });
   }
@@ -155,7 +154,7 @@ void forward_rows(const ForwardParams& p, PreparedWeight weight, int64_t begin, 
         with_output_type<X>(p, [&](auto* y) {
           using Y = std::remove_pointer_t<decltype(y)>;
           using Row = ForwardRow<V, X, R, Y, A, adds, prefetches>;
-          forward_rows_as<A, Row>(p, Output<V, Y>(p), weight, begin, end);
+          forward_rows_as<A, Row>(p, Output<V, Y>(p, weight), weight, begin, end);
         });
     });
   });

@@ -26,6 +26,7 @@ constexpr Chunks chunks_of(int64_t rows) {
 // all ones, by which a product is exact.
 struct PreparedWeight {
   const void* data = nullptr;
+  double largest = 0;  // of quantised outputs: no |weight| is larger
 };
 
 // What a backward writes for itself, in the accumulate dtype and the order of the lanes. Null where nothing is kept.

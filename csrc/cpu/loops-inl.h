@@ -20,6 +20,14 @@ struct Whole {
     else
       V::store(p + k * V::N, x);
   }
+  // All registers of the span. Bytes of several registers are packed together where V can.
+  template <typename V, typename T>
+  void store_all(T* p, const typename V::F (&x)[K]) const {
+    if constexpr (requires { V::store_bytes(p, x); })
+      V::store_bytes(p, x);
+    else
+      for (int k = 0; k < K; ++k) store_untied<V>(p, k, x[k]);
+  }
 };
 
 struct Part {
@@ -36,6 +44,10 @@ struct Part {
   template <typename V, typename T>
   void store_untied(T* p, int, typename V::F x) const {
     V::store_part(p, n, x);
+  }
+  template <typename V, typename T>
+  void store_all(T* p, const typename V::F (&x)[1]) const {
+    V::store_part(p, n, x[0]);
   }
 };
 

@@ -62,17 +62,30 @@ void sum_lam(const BackwardParams& p, const Scratch& scratch) {
   write(total, p.lam.dtype, p.grad_lam);
 }
 
-// The weight in plain order.
+// The largest of lanes that are not negative.
 template <typename V, typename A>
-void convert_weight(const Values& from, const Quantization* quantization, int64_t n, A* to) {
+A largest_of(typename V::F x) {
+  A lanes[V::N], largest = 0;
+  V::store(lanes, x);
+  for (const A lane : lanes) largest = lane > largest ? lane : largest;
+  return largest;
+}
+
+// The weight in plain order. Returns its largest magnitude for quantised outputs.
+template <typename V, typename A>
+double convert_weight(const Values& from, const Quantization* quantization, int64_t n, A* to) {
   const double factor = quantization ? quantization->inverse_scale : 1;
-  if (from.data == nullptr)
-    return sweep<V>(0, n, [&](int64_t j, auto span) {
+  if (from.data == nullptr) {
+    sweep<V>(0, n, [&](int64_t j, auto span) {
       for (int k = 0; k < span.count; ++k) span.template store<V>(to + j, k, V::set1(factor));
     });
+    return factor;
+  }
+  double found = 0;
   with_type(from.dtype, [&](auto* type) {
     const auto* p = static_cast<decltype(type)>(from.data);
     using L = std::conditional_t<sizeof(*p) == sizeof(double), Double, V>;
+    auto magnitude = L::set1(0);
     const double largest = sizeof(A) == sizeof(double) ? 0x1.fffffffffffffp1023 : 0x1.fffffep127;
     sweep<L>(0, n, [&](int64_t j, auto span) {
       for (int k = 0; k < span.count; ++k) {
@@ -81,21 +94,22 @@ void convert_weight(const Values& from, const Quantization* quantization, int64_
           weight = L::mul(weight, L::set1(factor));
           weight = L::max_of(L::set1(-largest), L::min_of(L::set1(largest), weight));
           if (quantization->dtype != DType::f8) weight = L::zero_if_nan(weight);
+          magnitude = L::max_of(magnitude, L::abs(weight));
         }
         span.template store<L>(to + j, k, weight);
       }
     });
+    found = largest_of<L, A>(magnitude);
   });
+  return found;
 }
 
 PreparedWeight prepare_weight(const SiteParams& p, const Quantization* quantization, void* memory) {
   if constexpr (kBaseline)
-    if (p.stream == DType::f64) {
-      convert_weight<Double>(p.weight, quantization, p.d, static_cast<double*>(memory));
-      return {memory};
-    }
+    if (p.stream == DType::f64)
+      return {memory, convert_weight<Double>(p.weight, quantization, p.d, static_cast<double*>(memory))};
   float* weight = static_cast<float*>(memory);
-  convert_weight<Float>(p.weight, quantization, p.d, weight);
+  const double largest = convert_weight<Float>(p.weight, quantization, p.d, weight);
   if constexpr (!kBfloatInOrder)
     if (p.stream == DType::bf16) {
       for (int64_t j = 0; j < p.d; ++j)
@@ -103,5 +117,5 @@ PreparedWeight prepare_weight(const SiteParams& p, const Quantization* quantizat
       for (int64_t j = 0; j + Bfloat::N <= p.d; j += Bfloat::N)
         Bfloat::store(static_cast<laned*>(memory) + j, Bfloat::load(weight + j));
     }
-  return {memory};
+  return {memory, largest};
 }

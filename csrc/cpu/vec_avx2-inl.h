@@ -115,6 +115,15 @@ struct Float {
     const __m128i words = _mm_packus_epi32(_mm256_castsi256_si128(low), _mm256_extracti128_si256(low, 1));
     _mm_storel_epi64(reinterpret_cast<__m128i*>(p), _mm_packus_epi16(words, words));
   }
+  template <typename B>
+    requires(sizeof(B) == 1)
+  static void store_bytes(B* p, const F (&x)[4]) {
+    __m256i low[4];
+    for (int k = 0; k < 4; ++k) low[k] = _mm256_and_si256(to_byte(x[k], p), _mm256_set1_epi32(0xff));
+    const __m256i bytes = _mm256_packus_epi16(_mm256_packus_epi32(low[0], low[1]), _mm256_packus_epi32(low[2], low[3]));
+    const __m256i order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);  // packs work within halves
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm256_permutevar8x32_epi32(bytes, order));
+  }
 };
 
 #include "vec_pair-inl.h"
@@ -133,6 +142,13 @@ struct Bfloat : Pair<Bfloat, Float> {
                 _mm256_add_epi32(_mm256_castps_si256(x.odd), half));
   }
 
+  template <typename B>
+    requires(sizeof(B) == 1)
+  static void store_bytes(B* p, const F (&x)[2]) {
+    const __m256i words = _mm256_packus_epi32(words_of(x[0], p), words_of(x[1], p));
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm256_permute4x64_epi64(words, 0xd8));  // packs work within halves
+  }
+
   static F in_order(F x) {
     const __m256 low = _mm256_unpacklo_ps(x.even, x.odd), high = _mm256_unpackhi_ps(x.even, x.odd);
     return {_mm256_permute2f128_ps(low, high, 0x20), _mm256_permute2f128_ps(low, high, 0x31)};
@@ -143,6 +159,13 @@ struct Bfloat : Pair<Bfloat, Float> {
   }
 
  private:
+  // Two bytes in the lower half of each 32 bits.
+  template <typename B>
+  static __m256i words_of(F x, const B* p) {
+    const __m256i even = _mm256_and_si256(Float::to_byte(x.even, p), _mm256_set1_epi32(0xff));
+    const __m256i odd = _mm256_and_si256(Float::to_byte(x.odd, p), _mm256_set1_epi32(0xff));
+    return _mm256_or_si256(even, _mm256_slli_epi32(odd, 8));
+  }
   static __m256i rounded(__m256 x) {
     const __m256i bits = _mm256_castps_si256(x);
     const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));

@@ -122,6 +122,18 @@ struct Bfloat : Pair<Bfloat, Float> {
                 _mm512_add_epi32(_mm512_castps_si512(x.odd), half));
   }
 
+  template <typename B>
+    requires(sizeof(B) == 1)
+  static void store_bytes(B* p, const F (&x)[2]) {
+    for (int k = 0; k < 2; ++k) {
+      const __m512i odd = _mm512_slli_epi32(Float::to_byte(x[k].odd, p), 8);
+      // 0xca takes the even element's byte where the mask is set. The upper half of each 32 bits is not stored.
+      const __m512i words =
+          _mm512_ternarylogic_epi32(_mm512_set1_epi32(0xff), Float::to_byte(x[k].even, p), odd, 0xca);
+      _mm256_storeu_si256(reinterpret_cast<__m256i*>(p + k * N), _mm512_cvtepi32_epi16(words));
+    }
+  }
+
   static F in_order(F x) {
     const __m512i low = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
     const __m512i high = _mm512_add_epi32(low, _mm512_set1_epi32(8));

@@ -33,7 +33,7 @@ Plan plan_of(const BackwardParams& p, const Device& device) {
   const int64_t resident = plan.ladder.fits_a_cluster() ? persistent_blocks(plan.ladder, device) : 0;
   plan.persistent = plan.wide && tuned_weight(p) && resident > 0;
   if (plan.persistent) {
-    plan.blocks = std::min(ceil_div(p.rows, plan.ladder.groups), resident);
+    plan.blocks = even_blocks(p.rows, plan.ladder.groups, resident);
   } else {
     plan.blocks = std::min(p.rows, ceil_div(16 * int64_t(device.multiprocessors), plan.columns.blocks));
   }
@@ -74,6 +74,11 @@ Course course_of(const BackwardParams& p, const Plan& plan) {
     if (!p.exact) course.to_grad_variance -= course.statistics;
   }
   course.needs_sums = p.needs_sums();
+  const Ladder& ladder = plan.ladder;
+  course.packs = static_cast<int>(ladder.row_packs / ladder.threads);
+  course.more_lanes = static_cast<int>(ladder.row_packs % ladder.threads);
+  course.groups_at_once = ladder.threads < 32 ? 32 / ladder.threads : 1;
+  course.group_turns = static_cast<int>(ceil_div(ladder.groups, course.groups_at_once));
   return course;
 }
 
@@ -82,7 +87,8 @@ int64_t persistent_shared_bytes(const Ladder& ladder) {
 }
 
 template <class Branch, class Stream, class Wanted>
-cudaError_t run_persistent(const BackwardParams& p, const Plan& plan, const Partials<float>& out, cudaStream_t on) {
+cudaError_t run_persistent(const BackwardParams& p, const Plan& plan, const Partials<float>& out, const Device& device,
+                           cudaStream_t on) {
   const auto constants = constants_of<Accumulate<Stream>>(p);
   const Ladder& ladder = plan.ladder;
   const Course course = course_of(p, plan);
@@ -93,6 +99,7 @@ cudaError_t run_persistent(const BackwardParams& p, const Plan& plan, const Part
   grid.threads_x = ladder.threads;
   grid.threads_y = ladder.groups;
   grid.shared_bytes = persistent_shared_bytes(ladder);
+  grid.overlaps_last = device.hopper_or_later;
   grid.on = on;
   const auto run = [&](auto summed) {
     return launch(backward_rows_persistent<Branch, Stream, Wanted, summed>, grid, p, constants, ladder, course, out);
@@ -130,9 +137,9 @@ cudaError_t run_split(const BackwardParams& p, const Plan& plan, const Partials<
 
 template <class Branch, class Stream, class Wanted>
 cudaError_t run_rows(const BackwardParams& p, const Plan& plan, const Partials<Accumulate<Stream>>& out,
-                     cudaStream_t on) {
+                     const Device& device, cudaStream_t on) {
   if constexpr (!std::is_same_v<Stream, double>) {
-    if (plan.persistent) return run_persistent<Branch, Stream, Wanted>(p, plan, out, on);
+    if (plan.persistent) return run_persistent<Branch, Stream, Wanted>(p, plan, out, device, on);
     if (plan.wide) return run_split<Branch, Stream, Wanted, true>(p, plan, out, on);
   }
   return run_split<Branch, Stream, Wanted, false>(p, plan, out, on);
@@ -146,7 +153,7 @@ cudaError_t run_sums(const BackwardParams& p, const Plan& plan, const Partials<A
   grid.blocks_x = (p.grad_weight ? ceil_div(p.d, kStripe) : 0) + 1;
   grid.threads_x = kStripe;
   grid.threads_y = kSlices;
-  grid.shared_bytes = sizeof(A) * kStripe * kSlices;
+  grid.shared_bytes = sizeof(A) * kSumThreads;
   grid.overlaps_last = plan.persistent && device.hopper_or_later;
   grid.on = on;
   return launch(sum_partials<A>, grid, p, in);
@@ -181,7 +188,7 @@ cudaError_t backward(const BackwardParams& p, void* workspace, const Device& dev
         error = cudaMemsetAsync(p.grad_variance_out, 0, p.rows * sizeof(A), on);
     } else {
       error = with_wanted(p, [&](auto wanted) {
-        return run_rows<Branch, Stream, decltype(wanted)>(p, plan, partials, on);
+        return run_rows<Branch, Stream, decltype(wanted)>(p, plan, partials, device, on);
       });
     }
     return error == cudaSuccess ? run_sums<A>(p, plan, partials, device, on) : error;

@@ -14,6 +14,8 @@ struct Course {
   int64_t x = 0, grad_y = 0, grad_sum = 0, grad_x = 0, statistics = 0;  // bytes from a group's row to its next one
   int64_t to_grad_variance = 0;                                         // bytes from a row's variance
   bool has_grad_variance = false, needs_sums = false;
+  int packs = 0, more_lanes = 0;                 // packs of the row for every lane, and one more for so many lanes
+  int groups_at_once = 1, group_turns = 1;       // groups that share a warp, and how often as many add their sums
 };
 
 template <class T>
@@ -86,22 +88,24 @@ BHYT_DEVICE void sum_within_warp(const Ladder& ladder, A (&columns)[N][W], A& la
 
 // Adds the sums of the block's groups in turn and writes them to `out`.
 template <class Wanted, class A, int N, int W>
-BHYT_DEVICE void store_block_sums(const BackwardParams& p, const Place& at, const Ladder& ladder,
+BHYT_DEVICE void store_block_sums(const BackwardParams& p, const Place& at, const Ladder& ladder, const Course& course,
                                   const A (&columns)[N][W], A lam, A* block_columns, const Partials<A>& out) {
-  const int groups_per_warp = ladder.threads < 32 ? 32 / ladder.threads : 1;
-  const int group_turns = (ladder.groups + groups_per_warp - 1) / groups_per_warp;
   const int width = N * ladder.threads;  // packs of columns in the block
   A& block_lam = block_columns[width * W];
-  for (int turn = 0; turn < group_turns; ++turn) {
-    if (at.group == turn * groups_per_warp) {
-      if constexpr (Wanted::grad_weight)
+  const auto each = [&](auto&& body) {
 #pragma unroll
-        for (int k = 0; k < N; ++k)
+    for (int k = 0; k < N; ++k)
 #pragma unroll
-          for (int j = 0; j < W; ++j) {
-            A& column = block_columns[(j * N + k) * ladder.threads + at.lane];
-            column = turn == 0 ? columns[k][j] : hw::add(column, columns[k][j]);
-          }
+      for (int j = 0; j < W; ++j) body(k, j, block_columns[(j * N + k) * ladder.threads + at.lane]);
+  };
+  for (int turn = 0; turn < course.group_turns; ++turn) {
+    if (at.group == turn * course.groups_at_once) {
+      if (Wanted::grad_weight && turn == 0) each([&](int k, int j, A& column) { column = columns[k][j]; });
+      if (Wanted::grad_weight && turn > 0) {
+        A before[N][W];  // all are read before the first is written
+        each([&](int k, int j, A& column) { before[k][j] = column; });
+        each([&](int k, int j, A& column) { column = hw::add(before[k][j], columns[k][j]); });
+      }
       if (at.lane == 0) block_lam = turn == 0 ? lam : hw::add(block_lam, lam);
     }
     hw::block_barrier();
@@ -115,12 +119,16 @@ BHYT_DEVICE void store_block_sums(const BackwardParams& p, const Place& at, cons
   if (out.lam && at.part == 0 && at.group == 0 && at.lane == 0) out.lam[hw::block_x()] = block_lam;
 }
 
+// 512 threads with so many registers leave 4,096 of a multiprocessor's 65,536: those of a block of sum_partials, which
+// waits there for the rows' end.
+constexpr int kRowRegisters = 120;
+
 // A group loads the packs of its next row while the sum of the current row is made. The sums of the columns stay in
 // registers until the end. Packs beyond a row's end are not loaded: they are zeros, which add nothing.
 template <class Branch, class Stream, class Wanted, bool summed>
-BHYT_KERNEL(kMaxThreads) backward_rows_persistent(const BackwardParams p, const Constants<float> constants,
-                                                  const Ladder ladder, const Course course,
-                                                  const Partials<float> out) {
+BHYT_KERNEL_WITHIN(kMaxThreads, kRowRegisters)
+backward_rows_persistent(const BackwardParams p, const Constants<float> constants, const Ladder ladder,
+                         const Course course, const Partials<float> out) {
   using A = float;
   constexpr int W = kPackWidth<Stream>;
   constexpr int N = kBackwardElements / W;
@@ -134,9 +142,8 @@ BHYT_KERNEL(kMaxThreads) backward_rows_persistent(const BackwardParams p, const 
   const Place at;
   A* const gains = block_columns + at.lane * kGainsApart;
   if (Wanted::sum && ladder.parts > 1) open_cluster(at, slots);
-  const SiteScalars<A> scalars(p, constants, exact);
   const int first_pack = at.part * N * ladder.threads + at.lane;
-  const int packs = (static_cast<int>(ladder.row_packs) - first_pack + ladder.threads - 1) / ladder.threads;
+  const int packs = course.packs - at.part * N + (at.lane < course.more_lanes);
   const int apart = ladder.threads * W;
 
   StreamPack next_x[N];
@@ -165,12 +172,14 @@ BHYT_KERNEL(kMaxThreads) backward_rows_persistent(const BackwardParams p, const 
     grad_y[k] = BranchPack::template load<true>(row_at<Branch>(cursor.grad_y), k * apart, p.d);
   };
 
+  hw::wait_for_previous_grid();
   if (rows > 0) {
     load_statistics();
 #pragma unroll
     for (int k = 0; k < N; ++k)
       if (k < packs) load_pack(k);
   }
+  const SiteScalars<A> scalars(p, constants, exact);
   if (Wanted::g && at.group == 0) {
     if (p.weight.data == nullptr || p.weight.dtype == p.branch)
       keep_gains<Branch, A, W, N>(gains, p.weight, first_pack * W, apart, packs, p.d);
@@ -200,10 +209,15 @@ BHYT_KERNEL(kMaxThreads) backward_rows_persistent(const BackwardParams p, const 
     };
     // Loaded here where there are registers for it. 32-bit rows have too few: they bring it into L2.
     constexpr bool early = sizeof(Stream) == 2;
-    if constexpr (summed)
+    if (summed && !early && hw::has_bulk_prefetch()) {
+      const int most = N * ladder.threads, left = static_cast<int>(ladder.row_packs) - at.part * most;
+      const int part_packs = left < most ? left : most;
+      if (at.lane == 0 && stored > 0) hw::prefetch_bulk(cursor.grad_sum, part_packs * sizeof(StreamPack));
+    } else if constexpr (summed) {
 #pragma unroll
       for (int k = 0; k < N; ++k)
         if (k < stored) early ? load_grad_sum(k) : hw::prefetch(row_at<Stream>(cursor.grad_sum) + k * apart);
+    }
     A x[N][W], g[N][W], sum = 0;
     if (turn + 1 < rows) load_statistics();
 #pragma unroll
@@ -245,7 +259,7 @@ BHYT_KERNEL(kMaxThreads) backward_rows_persistent(const BackwardParams p, const 
   if (!Wanted::grad_weight && !out.lam) return;
   hw::block_barrier();  // the gains are read no more
   sum_within_warp<Wanted>(ladder, columns, lam);
-  store_block_sums<Wanted>(p, at, ladder, columns, lam, block_columns, out);
+  store_block_sums<Wanted>(p, at, ladder, course, columns, lam, block_columns, out);
 }
 
 }  // namespace

@@ -76,11 +76,11 @@ void run_backward(const BackwardParams& p, const Tensor& x) {
   check(cuda::backward(p, workspace.mutable_data_ptr(), device, BHYT_STREAM_OF(x.device())), device.index);
 }
 
-// What the kernels on this device were compiled for.
+// What the kernels on this device were compiled for, and the clusters that it runs at once.
 std::string cuda_code(int64_t index) {
   const c10::Device device(c10::kCUDA, static_cast<c10::DeviceIndex>(index));
   const c10::DeviceGuard guard(device);
-  return cuda::text(use_device(device).code);
+  return cuda::text(use_device(device));
 }
 
 }  // namespace

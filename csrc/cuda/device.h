@@ -81,6 +81,15 @@ inline std::string text(const Code& code) {
   return code.binary < 90 || hopper_or_later(code) ? made : made + ": no clusters, long rows are slower";
 }
 
+// The same, and how many clusters of each size run at once: fewer where a GPU's parts have lost multiprocessors.
+inline std::string text(const Device& device) {
+  std::string clusters;
+  for (int i = 1; device.hopper_or_later && i < kClusterSizes; ++i)
+    clusters += (i == 1 ? "; clusters of " : ", ") + std::to_string(1 << i) + ": " +
+                std::to_string(device.resident_clusters[i]);
+  return text(device.code) + clusters + (clusters.empty() ? "" : " at once");
+}
+
 // The CUDA runtime linked in, and the newest that the driver supports: 13020 for 13.2, 0 for no driver.
 struct Versions {
   int runtime = 0;

@@ -127,6 +127,9 @@ forward_row_in_registers(const ForwardParams p, const Constants<Accumulate<Strea
 #pragma unroll
   for (int k = 0; k < N; ++k)
     if (exists(k)) gains[k] = Gains<Weight, A, W>::template load_given<true>(p.weight, pack_of(k) * W, p.d);
+  // Behind the loads, so that its launch falls into their time. Also, ptxas moves no load across: here it would ask for
+  // lam first, and wait for it before it asks for the row. At an approximate site it does so if this stands here.
+  if constexpr (exact) hw::let_next_grid_start();
   const SiteScalars<A> scalars(p, constants, exact);
   if (exact && ladder.parts > 1) open_cluster(at, slots);
 
@@ -149,6 +152,7 @@ forward_row_in_registers(const ForwardParams p, const Constants<Accumulate<Strea
     v = mean_of(sum, constants);
     if (inside && at.part == 0 && at.lane == 0) static_cast<A*>(p.variance_out)[row] = v;
   }
+  if constexpr (!exact) hw::let_next_grid_start();
   const A a = Scales<A>(scalars)(v).a;
   Y* y_row = static_cast<Y*>(p.y) + row * p.d;
   hw::pin(y_row);
@@ -199,6 +203,7 @@ forward_row_read_twice(const ForwardParams p, const Constants<Accumulate<Stream>
   }
   if (!inside) return;
 
+  hw::let_next_grid_start();
   const A a = Scales<A>(scalars)(v).a;
   Y* const y_row = static_cast<Y*>(p.y) + row * p.d;
   const int64_t stride = int64_t(hw::blocks_y()) * ladder.threads;

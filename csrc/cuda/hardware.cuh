@@ -23,6 +23,12 @@
 #else
 #define BHYT_KERNEL(max_threads) __global__ void __launch_bounds__(max_threads)
 #endif
+// A thread takes at most `registers`, where that needs no spill: fewer than launch bounds alone would leave it.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900 && __CUDA_ARCH__ < 1200
+#define BHYT_KERNEL_WITHIN(max_threads, registers) __global__ void __maxnreg__(registers)
+#else
+#define BHYT_KERNEL_WITHIN(max_threads, registers) BHYT_KERNEL(max_threads)
+#endif
 // `blocks` blocks of `max_threads` threads shall share a multiprocessor.
 #define BHYT_KERNEL_SHARING(max_threads, blocks) __global__ void __launch_bounds__(max_threads, blocks)
 
@@ -58,83 +64,6 @@ BHYT_DEVICE void block_barrier() { __syncthreads(); }
 
 // A barrier of whole warps. `id` 0 is block_barrier's.
 BHYT_DEVICE void barrier(int id, int threads) { asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory"); }
-
-// Clusters are blocks that see each other's shared memory: sm_90 and later; the launcher asks for none elsewhere. To
-// arrive orders no memory: what a block must see of another's memory comes with an Inbox.
-BHYT_DEVICE void cluster_arrive() {
-#if __CUDA_ARCH__ >= 900
-  asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
-#endif
-}
-
-BHYT_DEVICE void cluster_wait() {
-#if __CUDA_ARCH__ >= 900
-  asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
-#endif
-}
-
-// An mbarrier. It counts the bytes that other blocks store beside it: a phase ends when as many have come as one thread
-// expects.
-struct Inbox {
-  uint64_t state;
-
-  BHYT_DEVICE uint32_t address() const { return static_cast<uint32_t>(__cvta_generic_to_shared(&state)); }
-
-  // Called by one thread, before its cluster_arrive().
-  BHYT_DEVICE void open() {
-#if __CUDA_ARCH__ >= 900
-    asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(address()) : "memory");
-    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
-#endif
-  }
-
-  // Called by one thread, once per phase.
-  BHYT_DEVICE void expect(uint32_t bytes) {
-#if __CUDA_ARCH__ >= 900
-    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(address()), "r"(bytes) : "memory");
-#endif
-  }
-
-  // Waits until phase 0, 1, 2, .. has ended; `parity` is its lowest bit. try_wait acquires at block scope, though what
-  // it waits for comes from the cluster: all that was written beside the inbox has arrived with its bytes.
-  BHYT_DEVICE void wait(uint32_t parity) const {
-#if __CUDA_ARCH__ >= 900
-    asm volatile(
-        "{\n"
-        ".reg .pred done;\n"
-        "again:\n"
-        "mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
-        "@!done bra again;\n"
-        "}" ::"r"(address()), "r"(parity) : "memory");
-#endif
-  }
-};
-
-// Stores v in block `target` of the cluster, where `mine` lies in this block, and counts it in that block's `inbox`.
-BHYT_DEVICE void cluster_store(float* mine, Inbox& inbox, int target, float v) {
-#if __CUDA_ARCH__ >= 900
-  uint32_t to, counted;
-  const uint32_t address = static_cast<uint32_t>(__cvta_generic_to_shared(mine));
-  asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(to) : "r"(address), "r"(target));
-  asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(counted) : "r"(inbox.address()), "r"(target));
-  asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.u32 [%0], %1, [%2];" ::"r"(to),
-               "r"(__float_as_uint(v)), "r"(counted)
-               : "memory");
-#endif
-}
-
-// Programmatic dependent launch: the kernel may start early, and waits here for the work before it.
-BHYT_DEVICE void wait_for_previous_grid() {
-#if __CUDA_ARCH__ >= 900
-  asm volatile("griddepcontrol.wait;" ::: "memory");
-#endif
-}
-
-BHYT_DEVICE void let_next_grid_start() {
-#if __CUDA_ARCH__ >= 900
-  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
-#endif
-}
 
 // Each is rounded once and never contracted: the same bits in every kernel.
 BHYT_DEVICE float add(float a, float b) { return __fadd_rn(a, b); }
@@ -283,6 +212,15 @@ BHYT_DEVICE void store_words(void* to, const uint32_t* from) {
 // Brings a line into L2.
 BHYT_DEVICE void prefetch(const void* from) { asm volatile("prefetch.global.L2 [%0];" ::"l"(from)); }
 
+// Whether one thread can do so for a whole row: multiples of 16 bytes from an address that is one.
+BHYT_DEVICE constexpr bool has_bulk_prefetch() { return kArch >= 90; }
+
+BHYT_DEVICE void prefetch_bulk(const void* from, uint32_t bytes) {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(from), "r"(bytes));
+#endif
+}
+
 // A number of 2, 4 or 8 bytes, as bits.
 BHYT_DEVICE void load_scalar(const void* from, int bytes, uint32_t& low, uint32_t& high) {
   if (bytes == 2)
@@ -293,4 +231,6 @@ BHYT_DEVICE void load_scalar(const void* from, int bytes, uint32_t& low, uint32_
 }
 
 }  // namespace bhyt::cuda::hw
+
+#include "clusters.cuh"
 #endif

@@ -92,6 +92,13 @@ inline int64_t persistent_blocks(const Ladder& l, const Device& device) {
   return int64_t(device.multiprocessors) * blocks_per_multiprocessor(l);
 }
 
+// Of at most `most` blocks so many that all go through equally many rows, where the rows allow it: a last turn of a few
+// blocks takes as long as one of all.
+inline int64_t even_blocks(int64_t rows, int groups, int64_t most) {
+  const int64_t turns = ceil_div(rows, groups * most);
+  return ceil_div(rows, groups * turns);
+}
+
 // A kernel in which a thread keeps to one pack of columns and goes through rows.
 struct Columns {
   int threads = 1;     // packs of columns per block

@@ -6,41 +6,62 @@
 namespace bhyt::cuda {
 namespace {
 
-// Adds the partial sums in an order fixed by their number: each of kSlices threads takes every kSlices-th, then one
-// thread adds the results. The last block sums grad_lam, every other one a stripe of grad_weight's columns. A thread
-// asks for kAhead partial sums at once: with kSlices threads those of 192 blocks, more than most GPUs run.
-constexpr int kStripe = 32, kSlices = 16, kAhead = 12;
+// The order of the sums is fixed by their number: each of kSlices threads adds every kSlices-th partial sum of a
+// column, then one thread adds the results. The last block sums grad_lam, every other one a stripe of grad_weight's
+// columns. A thread asks for kAhead partial sums at once: with kSlices threads those of 144 blocks, more than most GPUs
+// run. A block is small, 128 threads of 32 registers in fp32: it can wait beside one of the persistent kernel.
+constexpr int kStripe = 8, kSlices = 16, kAhead = 9, kSumThreads = kStripe * kSlices;
+
+// v if number j comes before `count`, else 0. By its bits: a select would have ptxas wait for some loads before others.
+BHYT_DEVICE float or_zero(float v, int j, int count) {
+  return hw::bits_to_float(hw::float_to_bits(v) & (j - count) >> 31);
+}
+BHYT_DEVICE double or_zero(double v, int j, int count) {
+  const int mask = (j - count) >> 31;
+  return hw::bits_to_double(hw::low_bits(v) & mask, hw::high_bits(v) & mask);
+}
+
+// The sum of every `apart`-th number from number `first` on.
+template <int apart, class A>
+BHYT_DEVICE A sum_apart(const A* numbers, int first, int64_t step, int64_t count) {
+  const A* from = numbers + first * step;
+  A sum = 0;
+#pragma unroll 1
+  for (int left = static_cast<int>((count - first + apart - 1) / apart); left > 0; left -= kAhead) {
+    A loaded[kAhead];  // loads under conditions would wait for one another: beyond the end the last one is read again
+#pragma unroll
+    for (int j = 0; j < kAhead; ++j) {
+      loaded[j] = *from;
+      from += apart * step & (j + 1 - left) >> 31;
+    }
+#pragma unroll
+    for (int j = 0; j < kAhead; ++j) sum = hw::add(sum, or_zero(loaded[j], j, left));
+  }
+  return sum;
+}
 
 template <class A>
-BHYT_KERNEL(kStripe * kSlices) sum_partials(const BackwardParams p, const Partials<A> in) {
-  A* const slices = reinterpret_cast<A*>(hw::shared());  // [kSlices, kStripe]
-  const int lane = hw::thread_x(), slice = hw::thread_y();
+BHYT_KERNEL_SHARING(kSumThreads, (hw::kArch < 90 || sizeof(A) == 8 ? 8 : 16))
+sum_partials(const BackwardParams p, const Partials<A> in) {
+  A* const sums = reinterpret_cast<A*>(hw::shared());  // [kSumThreads]
+  const int lane = hw::thread_x(), slice = hw::thread_y(), thread = slice * kStripe + lane;
   const bool for_lam = hw::block_x() == hw::blocks_x() - 1;
-  const int64_t column = for_lam ? lane : hw::block_x() * kStripe + lane;
+  const int64_t column = hw::block_x() * kStripe + lane;
+  const bool for_column = !for_lam && column < p.d;
   hw::wait_for_previous_grid();
   A sum = 0;
-  if (for_lam) {
-    if (p.grad_lam)
-      for (int64_t i = slice * kStripe + lane; i < in.lam_count; i += kStripe * kSlices) sum = hw::add(sum, in.lam[i]);
-  } else if (p.grad_weight && column < p.d) {
-    for (int64_t i = slice; i < in.count; i += kSlices * kAhead) {
-      A partial[kAhead];
-#pragma unroll
-      for (int j = 0; j < kAhead; ++j)
-        partial[j] = i + j * kSlices < in.count ? in.weight[(i + j * kSlices) * p.d + column] : A(0);
-#pragma unroll
-      for (int j = 0; j < kAhead; ++j) sum = hw::add(sum, partial[j]);
-    }
-  }
-  slices[slice * kStripe + lane] = sum;
+  if (for_column) sum = sum_apart<kSlices>(in.weight + column, slice, p.d, in.count);
+  if (for_lam && p.grad_lam) sum = sum_apart<kSumThreads>(in.lam, thread, 1, in.lam_count);
+  sums[thread] = sum;
   hw::block_barrier();
-  if (slice != 0) return;
+  if (thread >= 32) return;
   sum = 0;
-  for (int i = 0; i < kSlices; ++i) sum = hw::add(sum, slices[i * kStripe + lane]);
   if (for_lam) {
+    for (int i = thread; i < kSumThreads; i += 32) sum = hw::add(sum, sums[i]);
     sum = butterfly(sum, 32);
-    if (p.grad_lam && lane == 0) write(p.grad_lam, p.lam.dtype, 0, sum);
-  } else if (p.grad_weight && column < p.d) {
+    if (p.grad_lam && thread == 0) write(p.grad_lam, p.lam.dtype, 0, sum);
+  } else if (for_column && slice == 0) {
+    for (int i = 0; i < kSlices; ++i) sum = hw::add(sum, sums[i * kStripe + lane]);
     write(p.grad_weight, p.weight.dtype, column, sum);
   }
 }

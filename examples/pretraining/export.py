@@ -2,9 +2,9 @@
 
 The decoder is a Llama in all but its norms, parameter names and the layout of rotary pairs included; so are these:
 
-    bhyt, bhyt-exact    bhyt.hf's BHyTLlamaForCausalLM
-    rmsnorm             LlamaForCausalLM
-    layernorm           StableLmForCausalLM, a Llama with LayerNorm
+    bhyt-unit-gains, bhyt, bhyt-exact   bhyt.hf's BHyTLlamaForCausalLM
+    rmsnorm                             LlamaForCausalLM
+    layernorm                           StableLmForCausalLM, a Llama with LayerNorm
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any
 from .data import BOS
 from .model import Decoder
 
-EXPORTABLE = ("bhyt", "bhyt-exact", "rmsnorm", "layernorm")
+EXPORTABLE = ("bhyt-unit-gains", "bhyt", "bhyt-exact", "rmsnorm", "layernorm")
 BOS_TEXT = "<|bos|>"
 
 
@@ -65,8 +65,8 @@ def _config(model: Decoder, norm: str) -> Any:
         return transformers.LlamaConfig(**sizes)
     site = model.layers[0].input_layernorm
     return bhyt.hf.BHyTLlamaConfig(
-        **sizes, norm_type="bhyt" if norm == "bhyt" else "bhytstar", seq_len=config.seq_len,
-        bhyt_kappa=site.kappa, bhyt_eps=site.eps,
+        **sizes, norm_type="bhytstar" if norm == "bhyt-exact" else "bhyt", seq_len=config.seq_len,
+        bhyt_kappa=site.kappa, bhyt_eps=site.eps, use_gamma_var=norm == "bhyt-unit-gains",
     )
 
 

@@ -1,4 +1,4 @@
-"""Five norms, each as the block that uses it. `BlockBHyT` is the one to read first."""
+"""Norms, each as the block that uses it. `BlockBHyT` is the one to read first."""
 
 import math
 from typing import Callable
@@ -42,10 +42,32 @@ class BlockBHyT(Block):
         """The constant follows from W_V, W_O and the first lambda. They move slowly: refresh now and then."""
         attention = self.self_attn
         gain = bhyt.attention_gain(
-            attention.v_proj.weight, attention.o_proj.weight, self.seq_len,
+            self.value_weight(), attention.o_proj.weight, self.seq_len,
             attention.heads // attention.kv_heads, head_dim=attention.head_dim,
         )
         self.post_attention_layernorm.update_variance_offset(gain, self.input_layernorm)
+
+    def value_weight(self) -> Tensor:
+        """W_V as the constant takes it. The paper leaves the gains out, which start at 1."""
+        return self.self_attn.v_proj.weight
+
+
+class BlockBHyTUnitGains(BlockBHyT):
+    """The same with gains that start at kappa / lambda, not at the paper's 1.
+
+    The paper's start hands the sub-layers rows whose root mean square is lambda / kappa, a fifth and a tenth. Here it
+    is about 1, as from RMSNorm. The price is the bound: an output is within 5 and 10 at first, not within 1.
+    """
+
+    @torch.no_grad()
+    def __init__(self, config: ModelConfig, index: int) -> None:
+        super().__init__(config, index)
+        self.input_layernorm.weight.fill_(KAPPA / LAM_ATTENTION)
+        self.post_attention_layernorm.weight.fill_(KAPPA / LAM_MLP)
+
+    def value_weight(self) -> Tensor:
+        """W_V times the gains, which are far from 1."""
+        return self.self_attn.v_proj.weight * self.input_layernorm.weight
 
 
 class BlockBHyTExact(Block):
@@ -142,6 +164,7 @@ class BlockDyT(BlockPreNorm):
 
 
 BLOCKS: dict[str, type[Block]] = {
+    "bhyt-unit-gains": BlockBHyTUnitGains,
     "bhyt": BlockBHyT,
     "bhyt-exact": BlockBHyTExact,
     "rmsnorm": BlockRMSNorm,

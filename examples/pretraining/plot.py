@@ -16,7 +16,8 @@ from matplotlib.ticker import EngFormatter, MaxNLocator  # noqa: E402
 # One colour and marker per norm, the same in every picture; from the colour-blind-safe palettes of Okabe and Ito, and
 # of Tol.
 STYLE = {
-    "bhyt": ("#0072B2", "o", "BHyT"),
+    "bhyt-unit-gains": ("black", "*", "BHyT, gains from \u03ba/\u03bb"),
+    "bhyt": ("#0072B2", "o", "BHyT, the paper's start"),
     "bhyt-exact": ("#56B4E9", "s", "BHyT* (exact)"),
     "rmsnorm": ("#D55E00", "^", "RMSNorm"),
     "layernorm": ("#E69F00", "v", "LayerNorm"),

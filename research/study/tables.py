@@ -17,6 +17,7 @@ from pretraining.norms import KAPPA
 
 # Colour, marker and name of each norm.
 STYLE = plot.STYLE | {
+    "bhyt": (*plot.STYLE["bhyt"][:2], "BHyT"),
     "peri-ln": ("#CC79A7", "P", "Peri-LN"),
     "lns": ("#555555", "X", "LNS"),
     "derf": ("#117733", "d", "Derf"),

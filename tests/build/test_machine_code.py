@@ -81,6 +81,32 @@ def test_budgets(files: list[Path]) -> None:
     assert not bound, f"16-bit backwards that an H200's instructions bind: {bound}"
 
 
+def test_rows_are_asked_for_at_once(files: list[Path]) -> None:
+    """Every tuned forward, in the code for sm_90: by the model no row waits for lam, a load latency more."""
+    if "90" not in architectures():
+        pytest.skip("sm_90 is not built")
+    forwards = [code for code in tuned(files, "90") if "forward_row_in_registers" in code.name]
+    assert len(forwards) == 120
+    asked = {code.name: machine_code.waiting_for_the_row(machine_code.main_path(code, loop=False)) for code in forwards}
+    late = {name: cycles for name, cycles in asked.items() if not 0 < cycles[0] <= 230 or cycles[1] > 270}
+    assert not late, late
+
+
+def test_sums_over_blocks_wait_once(files: list[Path]) -> None:
+    """In the code for sm_90: eight partial sums are asked for before one is waited for, by blocks of few registers; the
+    groups of a block read all of their columns before they write one."""
+    if "90" not in architectures():
+        pytest.skip("sm_90 is not built")
+    codes = tuned(files, "90")
+    sums = {code.name: code for code in codes if "sum_partials" in code.name}
+    assert len(sums) == 2 and all(machine_code.loads_in_a_row(code) >= 8 for code in sums.values())
+    rows = [code for code in codes if "backward_rows_persistent" in code.name]
+    beside = max(code.registers for code in rows)  # 512 threads of these, and 128 of the others
+    assert 512 * beside + 128 * sums["sum_partials<float>"].registers <= 65536, beside
+    turns = {code.name: machine_code.epilogue_turn(code) for code in rows}
+    assert all(0 < turn <= 200 for turn in turns.values()), turns
+
+
 def test_row_loops_flush_nothing(files: list[Path]) -> None:
     """A cluster's blocks exchange their sums without a barrier that empties caches or waits for all of memory."""
     for arch in architectures():
@@ -128,6 +154,39 @@ def test_main_path() -> None:
     assert large == ["LDG.E.128", "BRA", "MUFU.EX2", "FMUL", "BRA", "STG.E.128", "BRA"]
     assert len(machine_code.main_path(code, loop=False)) == 7
     assert machine_code.in_flight(machine_code.main_path(code, loop=True), loop=True) == 16
+
+
+# Four loads and a wait, then two; an epilogue that reads, adds and writes one column behind the other.
+SOME_LOADS = """
+        /*0000*/                   LDC R1, c[0x0][0x28] ;
+        /*0010*/                   ACQBULK ;
+        /*0020*/                   IADD3 R2, R1, 0x10, RZ ;
+        /*0030*/                   LDG.E.128 R4, desc[UR4][R2.64] ;
+        /*0040*/                   LDG.E R8, desc[UR4][R2.64] ;
+        /*0050*/                   R2UR UR8, R8 ;
+        /*0060*/                   LDG.E.128 R12, desc[UR4][R2.64] ;
+        /*0070*/                   FADD R4, R4, R12 ;
+        /*0080*/              @P1  BRA 0x20 ;
+        /*0090*/                   LDS R4, [R2] ;
+        /*00a0*/                   FADD R4, R4, R5 ;
+        /*00b0*/                   STS [R2], R4 ;
+        /*00c0*/                   BAR.SYNC 0x0 ;
+        /*00d0*/              @P1  BRA 0x90 ;
+        /*00e0*/                   EXIT ;
+"""
+
+
+def test_latencies() -> None:
+    """A load behind a value that another load brings waits for it; what is ready when the wait ends does not count."""
+    found = machine_code.INSTRUCTION.findall(SOME_LOADS)
+    lines = [machine_code.Instruction(int(a, 16), p.strip(), n, o) for a, p, n, o in found]
+    code = machine_code.Code("90", "x", lines)
+    # ACQBULK, IADD3, 5 cycles to its result, LDG, LDG, 285 cycles to its result, R2UR, LDG
+    assert machine_code.waiting_for_the_row(lines) == (7, 294)
+    assert machine_code.loads_in_a_row(code) == 2
+    # LDS, 30 cycles, FADD, 5 cycles, STS, BAR, BRA
+    assert machine_code.epilogue_turn(code) == 38
+    assert machine_code.registers_of(lines[3]) == ({"R4", "R5", "R6", "R7"}, {"UR4", "R2", "R3"})
 
 
 def test_uniform_branches() -> None:

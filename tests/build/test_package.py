@@ -4,7 +4,6 @@ load."""
 import re
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 from typing import List
 
@@ -12,6 +11,7 @@ import pytest
 import torch
 
 import bhyt
+from support.fresh import run_fresh
 from support.paths import ROOT
 
 PACKAGE = Path(bhyt.__file__).parent
@@ -103,7 +103,7 @@ def test_schemas() -> None:
 
 
 def import_copy(folder: Path) -> "subprocess.CompletedProcess[str]":
-    return subprocess.run([sys.executable, "-c", "import bhyt"], cwd=folder, capture_output=True, text=True)
+    return run_fresh("import bhyt", cwd=folder)
 
 
 def copy_of_package(folder: Path) -> Path:
@@ -159,7 +159,7 @@ def test_import_needs_no_gpu_and_no_extras(tmp_path: Path) -> None:
         "assert not new & {'numpy', 'transformers', 'triton', 'matplotlib', 'tqdm'}, new;"
         "assert not torch.cuda.is_initialized()"
     )
-    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path)
+    run = run_fresh(code, cwd=tmp_path)
     assert run.returncode == 0, run.stderr
 
 

@@ -5,7 +5,7 @@ Every test runs in fresh processes: a process registers the ops once.
 
 import shutil
 import subprocess
-import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Dict
 
@@ -15,7 +15,9 @@ from torch.utils import cpp_extension
 
 import bhyt
 from support.checks import same_bits
-from support.paths import ROOT
+from support.fresh import run_fresh
+from support.paths import ROOT, TESTS
+from support.programs import built
 
 PACKAGE = Path(bhyt.__file__).parent
 PROLOGUE = "import sys, torch; load, a = torch.ops.load_library, sys.argv[1:]\n"
@@ -34,8 +36,7 @@ def results():
 
 def run(code: str, *arguments: object) -> "subprocess.CompletedProcess[str]":
     """Runs code in a Python that has loaded torch alone; `load` loads a library, `a` are the arguments."""
-    command = [sys.executable, "-c", PROLOGUE + RESULTS + code, *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, cwd=PACKAGE.parent)
+    return run_fresh(PROLOGUE + RESULTS + code, *arguments, cwd=PACKAGE.parent)
 
 
 def refusal(done: "subprocess.CompletedProcess[str]") -> str:
@@ -103,49 +104,48 @@ def test_another_build_of_the_package(copy: Path, tmp_path: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def other(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with other_ops.so and old_ops.so, of cpp/other_ops.cpp."""
-    if not shutil.which("c++"):
-        pytest.skip("no compiler")
-    folder = tmp_path_factory.mktemp("other")
+def other() -> Dict[str, Path]:
+    """Two libraries of cpp/other_ops.cpp."""
     include = [f"-I{path}" for path in (*cpp_extension.include_paths(), ROOT / "csrc")]
     flags = ["-std=c++20", "-O0", "-w", "-shared", "-fPIC", "-fvisibility=hidden", *include]
     libraries = [*(f"-L{path}" for path in cpp_extension.library_paths()), "-ltorch_cpu", "-lc10"]
-    for name, define in (("other_ops", []), ("old_ops", ["-DOLD"])):
-        source = str(ROOT / "tests" / "cpp" / "other_ops.cpp")
-        command = ["c++", *flags, *define, source, "-o", str(folder / f"{name}.so"), *libraries]
-        subprocess.run(command, check=True)
-    return folder
+
+    def build(name: str) -> Path:
+        define = ["-DOLD"] if name == "old_ops" else []
+        return built(f"{name}.so", [TESTS / "cpp" / "other_ops.cpp"], [*flags, *define], libraries)
+
+    with ThreadPoolExecutor(2) as pool:
+        return dict(zip(("other_ops", "old_ops"), pool.map(build, ("other_ops", "old_ops"))))
 
 
 @pytest.mark.slow
-def test_the_ops_of_another_version_are_refused(other: Path) -> None:
+def test_the_ops_of_another_version_are_refused(other: Dict[str, Path]) -> None:
     """Loaded before the package: one line that names both versions, and the ops that were there still work."""
     for name, theirs in (("other_ops", "0.0.1 for torch 2.7 and CUDA sm_90"), ("old_ops", "unknown for torch unknown")):
-        last = refusal(run("load(a[0])\nimport bhyt", other / f"{name}.so"))
+        last = refusal(run("load(a[0])\nimport bhyt", other[name]))
         assert f"registered the ops of version {theirs}" in last and "Warning" not in last
         assert f"version {bhyt.__version__} for torch" in last and "bhyt.library_path()" in last
         code = "load(a[0])\ntry: import bhyt\nexcept ImportError: assert torch.ops.bhyt.forward(torch.ones(3)).sum() == 3"
-        assert run(code, other / f"{name}.so").returncode == 0
+        assert run(code, other[name]).returncode == 0
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("order", ["import bhyt; load(a[0])", "load(a[1]); load(a[0]); import bhyt"])
 def test_another_version_later_changes_nothing(
-    other: Path, copy: Path, expected: torch.Tensor, tmp_path: Path, order: str
+    other: Dict[str, Path], copy: Path, expected: torch.Tensor, tmp_path: Path, order: str
 ) -> None:
     """Loaded after the ops were registered: one warning that names it and both versions; the ops stay as they are."""
-    done = run(f"{order}\ntorch.save(results(), a[2])", other / "other_ops.so", copy, tmp_path / "results.pt")
+    done = run(f"{order}\ntorch.save(results(), a[2])", other["other_ops"], copy, tmp_path / "results.pt")
     assert done.returncode == 0 and done.stderr.count("Warning") == 1, done.stderr
-    for text in (str(other / "other_ops.so"), "version 0.0.1 for torch 2.7.0 and CUDA sm_90", bhyt.__version__):
+    for text in (str(other["other_ops"]), "version 0.0.1 for torch 2.7.0 and CUDA sm_90", bhyt.__version__):
         assert text in done.stderr
     assert same_bits(torch.load(tmp_path / "results.pt"), expected)
 
 
 @pytest.mark.slow
-def test_a_library_after_another_version(other: Path) -> None:
+def test_a_library_after_another_version(other: Dict[str, Path]) -> None:
     """The op library itself, loaded after other ops: no abort, a warning; `import bhyt` is still one line."""
     for name in ("other_ops", "old_ops"):
         done = run("load(a[0]); load(a[1])\nassert torch.ops.bhyt.forward(torch.ones(3)).sum() == 3\nimport bhyt",
-                   other / f"{name}.so", bhyt.library_path())  # fmt: skip
+                   other[name], bhyt.library_path())  # fmt: skip
         assert "registered the ops of version" in refusal(done) and done.stderr.count("Warning") == 1

@@ -4,12 +4,12 @@ import os
 import re
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Dict
 
 import pytest
 
+from support.fresh import run_fresh
 from support.packages import needs
 from support.paths import ROOT
 
@@ -37,12 +37,9 @@ runpy.run_path("setup.py", run_name="__main__")
 
 
 def setup(folder: Path, torch_cuda: str = "", **environment: str) -> "subprocess.CompletedProcess[str]":
-    command = [sys.executable, "-c", STOPPED, torch_cuda, str(folder)]
     own = ("MAX_JOBS", "BHYT_CUDA_ARCHS", "CC", "CXX", "PYTORCH_NVCC")
     variables: Dict[str, str] = {k: v for k, v in os.environ.items() if k not in own}
-    return subprocess.run(
-        command, cwd=ROOT, env=variables | environment, capture_output=True, text=True, timeout=300
-    )
+    return run_fresh(STOPPED, torch_cuda, folder, cwd=ROOT, environment=variables | environment)
 
 
 @pytest.fixture
@@ -115,27 +112,22 @@ def test_targets_are_those_of_the_toolkit(tmp_path: Path) -> None:
         machine, ptx = ([arch for arch, kind, _ in found if kind == of] for of in ("sm", "compute"))
         return " ".join(machine), " ".join(ptx)
 
-    def refused() -> "subprocess.CompletedProcess[str]":
-        home = toolkit(tmp_path / "asked", "12.4", TOOLKITS["12.4"][0])
-        return setup(tmp_path, BHYT_CUDA="1", CUDA_HOME=home, BHYT_CUDA_ARCHS="120 90 90a")
-
-    with ThreadPoolExecutor(2) as pool:
-        refusal = pool.submit(refused)
-        for version, found in zip(TOOLKITS, pool.map(targets, TOOLKITS)):
-            assert found == TOOLKITS[version][1:], version
-    assert refusal.result().returncode == 1 and "COMPILES" not in refusal.result().stdout
-    message = refusal.result().stderr.strip().splitlines()[-1]
+    for version in TOOLKITS:
+        assert targets(version) == TOOLKITS[version][1:], version
+    home = toolkit(tmp_path / "asked", "12.4", TOOLKITS["12.4"][0])
+    refusal = setup(tmp_path, BHYT_CUDA="1", CUDA_HOME=home, BHYT_CUDA_ARCHS="120 90 90a")
+    assert refusal.returncode == 1 and "COMPILES" not in refusal.stdout
+    message = refusal.stderr.strip().splitlines()[-1]
     assert 'BHYT_CUDA_ARCHS="120 90 90a"' in message and "has no 120 90a; it has 50 70 75 80 86 89 90" in message
 
 
 def test_streams_of_older_torch(tmp_path: Path) -> None:
     """Before 2.11 only the CUDA part of torch hands out a stream: linked then, refused where torch has none."""
     home = toolkit(tmp_path, "12.4", TOOLKITS["12.4"][0])
-    with ThreadPoolExecutor(2) as pool:
-        old, without, unasked = pool.map(
-            lambda given: setup(tmp_path, given[0], CUDA_HOME=home, FAKE_TORCH=given[1], BHYT_CUDA=given[2]),
-            [("12.4", "2.10.0+cu124", "1"), ("", "2.10.0+cpu", "1"), ("", "2.10.0+cpu", "")],
-        )
+    old, without, unasked = (
+        setup(tmp_path, cuda, CUDA_HOME=home, FAKE_TORCH=version, BHYT_CUDA=wanted)
+        for cuda, version, wanted in (("12.4", "2.10.0+cu124", "1"), ("", "2.10.0+cpu", "1"), ("", "2.10.0+cpu", ""))
+    )
     assert "LINKS cudart_static rt dl pthread c10_cuda" in old.stdout
     assert without.returncode == 1 and "torch 2.10.0+cpu, before 2.11, needs CUDA" in without.stderr
     assert unasked.returncode == 0 and "cudart" not in unasked.stdout

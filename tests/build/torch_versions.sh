@@ -12,10 +12,11 @@ work="$(mktemp -d)"
 trap 'rm -rf "$work"' EXIT
 environments="${TORCH_ENVIRONMENTS:-$work}"
 mkdir -p "$environments"
-files=(ops/{accuracy,autograd,opcheck,determinism,errors,dtypes} modules/{modules,offset,block,gain}
+files=(ops/{accuracy,autograd,opcheck,determinism,errors,dtypes} modules/{modules,modules_in_use,offset,block,gain}
   compile/{compile,compile_reports,deploy} build/package engines/deploy_page)
-paths=("${files[@]/#/tests/}")
-paths=("${paths[@]//\///test_}")
+paths=("${files[@]/\///test_}")
+paths=("${paths[@]/#/tests/}")
+paths=("${paths[@]/%/.py}")
 failed=0
 
 for version in "$@"; do

@@ -22,8 +22,8 @@ from mutants import AVX2, AVX512, CPU, CUDA, Mutant
 
 ROOT = Path(__file__).resolve().parents[2]
 
-
-NAMES = ("accuracy", "autograd", "determinism", "layouts", "dtypes", "nonfinite", "quantized", "memory", "tiers")
+NAMES = ("accuracy", "autograd", "determinism", "layouts", "dtypes", "nonfinite", "quantized", "quantized_calls", "memory",
+         "tiers")
 TESTS = [f"tests/ops/test_{name}.py" for name in NAMES]
 FUZZ_SECONDS = 20
 # Those of setup.py, but for a quick build.
@@ -86,7 +86,9 @@ def cpu_passes(build: Path, units: tuple[str, ...], folder: Path) -> str:
     if not passes(["g++", "-shared", *map(str, objects.values()), *libraries, "-o", str(library)]):
         return "the linker"
     tier = "avx512" if units == AVX512 else "avx2"
-    environment = {**os.environ, "ATEN_CPU_CAPABILITY": tier, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "2"}
+    # Child processes of the tests find the mutant too, not an installed bhyt.
+    environment = {**os.environ, "ATEN_CPU_CAPABILITY": tier, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "2",
+                   "PYTHONPATH": str(folder)}
     pytest = [sys.executable, "-m", "pytest", "-x", "-q", "--tb=no", "-p", "no:cacheprovider", "-m", "not slow", *TESTS]
     run = subprocess.run(pytest, cwd=folder, env=environment, capture_output=True, text=True)
     failed = [line for line in run.stdout.splitlines() if line.startswith(("FAILED", "ERROR"))]

@@ -56,7 +56,7 @@ library() {
   cp -r bhyt/*.py "$out/library/bhyt"
   rm -rf "$out/library/tests"
   cp -r tests pyproject.toml "$out/library"
-  for name in accuracy autograd determinism dtypes errors layouts nonfinite opcheck quantized; do
+  for name in accuracy autograd determinism dtypes errors layouts nonfinite opcheck quantized quantized_calls; do
     tests+=("tests/ops/test_$name.py")
   done
   cd "$out/library"

@@ -131,11 +131,12 @@ inline void cluster_store(float* mine, Inbox& inbox, int target, float v) {
 }
 
 inline void load_scalar(const void* from, int bytes, uint32_t& low, uint32_t& high) {
+  simt::touch();
   std::memcpy(&low, from, bytes == 2 ? 2 : 4);
   if (bytes == 8) std::memcpy(&high, static_cast<const char*>(from) + 4, 4);
 }
 
-inline void wait_for_previous_grid() {}
+inline void wait_for_previous_grid() { simt::machine().current->waited = true; }
 inline void let_next_grid_start() {}
 
 template <class A>
@@ -232,6 +233,7 @@ inline uint32_t to_int8_pair(int low, int high, uint32_t above) {
 inline uint32_t half_to_upper(uint32_t word, bool upper) { return upper ? word & 0xffff0000u : word << 16; }
 
 inline void check_aligned(const void* address, int bytes) {
+  simt::touch();
   if (reinterpret_cast<uintptr_t>(address) % bytes) simt::fail("a vector access is not aligned");
 }
 
@@ -241,7 +243,14 @@ void load_words(uint32_t* to, const void* from) {
   std::memcpy(to, from, words * 4);
 }
 
-inline void prefetch(const void*) {}
+inline void prefetch(const void*) { simt::touch(); }
+
+inline bool has_bulk_prefetch() { return simt::machine().has_bulk_prefetch; }
+inline void prefetch_bulk(const void* from, uint32_t bytes) {
+  check_aligned(from, 16);
+  if (bytes == 0 || bytes % 16) simt::fail("a bulk prefetch takes a multiple of 16 bytes");
+  simt::machine().prefetched += bytes;
+}
 
 template <int words>
 void store_words(void* to, const uint32_t* from) {

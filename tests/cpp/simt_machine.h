@@ -19,6 +19,7 @@
 
 #define BHYT_DEVICE inline
 #define BHYT_KERNEL(max_threads) void
+#define BHYT_KERNEL_WITHIN(max_threads, registers) void
 #define BHYT_KERNEL_SHARING(max_threads, blocks) void
 
 using cudaStream_t = void*;
@@ -118,16 +119,16 @@ struct Thread {
   int x = 0, y = 0, id = 0;
   Barrier* waits_for = nullptr;
   int generation = 0, cluster_generation = -1;
-  bool knows_cluster_runs = false, done = false;
+  bool knows_cluster_runs = false, waited = false, done = false;
 };
 
 enum class Order { ascending, descending, shuffled };
 
 struct Machine {
   Order order = Order::ascending;
-  bool has_float8 = true;
+  bool has_float8 = true, has_bulk_prefetch = true, overlaps_last = false;
   int threads_x = 1, threads_y = 1, blocks_y = 1, cluster = 1;
-  int64_t blocks_x = 1, launches = 0, products = 0, shuffles = 0;
+  int64_t blocks_x = 1, launches = 0, products = 0, shuffles = 0, prefetched = 0;
   std::vector<Block> blocks;  // of the cluster that runs
   std::vector<Thread> threads;
   Barrier cluster_barrier;
@@ -156,8 +157,14 @@ inline void wait(Barrier& barrier, int threads) {
   yield();
 }
 
+// Memory is touched: that of the grid before may not be there yet.
+inline void touch() {
+  if (machine().overlaps_last && !machine().current->waited) fail("memory is touched before the grid before has ended");
+}
+
 inline void entry() {
   machine().body();
+  if (machine().overlaps_last && !machine().current->waited) fail("a thread does not wait for the grid before");
   machine().current->done = true;
   yield();
   fail("a finished thread was resumed");
@@ -208,7 +215,7 @@ cudaError_t run(const Grid& grid, std::function<void()> body) {
   Machine& m = machine();
   m.threads_x = grid.threads_x, m.threads_y = grid.threads_y;
   m.blocks_x = grid.blocks_x, m.blocks_y = grid.blocks_y;
-  m.cluster = grid.cluster;
+  m.cluster = grid.cluster, m.overlaps_last = grid.overlaps_last;
   m.body = std::move(body);
   ++m.launches;
   const int threads = m.block_threads();

@@ -273,6 +273,19 @@ void test(const Case& c, bool more = true) {
   if (more) invariances(c, in, out);
 }
 
+// A grad_sum of 32 bits is brought into L2 once, by one instruction per row and part where there is one.
+void prefetches(int64_t rows, int64_t d) {
+  Case c;
+  c.rows = rows, c.d = d, c.grad_sum = true, c.multiprocessors = 3;
+  const Inputs in = make_inputs(c);
+  simt::machine().prefetched = 0;
+  const Outputs out = run(c, in);
+  check(simt::machine().prefetched == rows * d * 4, "all of grad_sum is brought into L2: " + c.text());
+  simt::machine().has_bulk_prefetch = false, simt::machine().prefetched = 0;
+  check(same(run(c, in), out) && simt::machine().prefetched == 0, "the same bits without the instruction: " + c.text());
+  simt::machine().has_bulk_prefetch = true;
+}
+
 void empty() {
   for (bool exact : {true, false})
     for (DType dtype : {DType::f32, DType::bf16, DType::f64}) {
@@ -364,6 +377,7 @@ int main() {
       saturated.lam_value = 0;
       test(saturated);
     }
+  prefetches(41, 40), prefetches(7, 1032), prefetches(5, 20004);
   empty();
   return rows::report("backward");
 }

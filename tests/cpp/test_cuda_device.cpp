@@ -98,6 +98,13 @@ void texts() {
   check(text(Code{80, 90}) ==
             "PTX of compute_80, compiled for sm_90 when loaded: no clusters, long rows are slower",
         "a build for 8.0 on 9.0 says so");
+  Device hopper;
+  hopper.code = {90, 90}, hopper.hopper_or_later = true;
+  for (int i = 1; i < kClusterSizes; ++i) hopper.resident_clusters[i] = 100 >> i;
+  check(text(hopper) == "machine code of sm_90; clusters of 2: 50, 4: 25, 8: 12, 16: 6 at once", "and clusters");
+  Device ampere;
+  ampere.code = {80, 80};
+  check(text(ampere) == "machine code of sm_80", "or none");
   check(text(Code{80, 89}) == "PTX of compute_80, compiled for sm_89 when loaded", "8.9 has no clusters to miss");
   check(text(Code{100, 110}) == "PTX of compute_100, compiled for sm_110 when loaded", "nor does 11.0 miss any");
 

@@ -4,50 +4,37 @@ Their real source runs on the CPU under tests/cpp/simt.h, compiled by g++ alone,
 machine code is read by test_machine_code.py.
 """
 
-import os
 import re
-import shutil
 import subprocess
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Dict
 
 import pytest
 
-from support.paths import ROOT
+from support.paths import ROOT, TESTS
+from support.programs import built
 
-KERNELS = ROOT / "csrc" / "cuda"
+KERNELS, SOURCES = ROOT / "csrc" / "cuda", TESTS / "cpp"
 PROGRAMS = ("test_cuda_device", "test_cuda_ladder", "test_cuda_math", "test_cuda_forward", "test_cuda_quantized",
             "test_cuda_backward")  # fmt: skip
 
 
-def run(command: list[str], timeout: float) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(command, capture_output=True, text=True, timeout=timeout)
-
-
 @pytest.fixture(scope="module")
-def programs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with the compiled test programs."""
-    compiler = shutil.which(os.environ.get("CXX", "g++"))
-    if compiler is None:
-        pytest.skip("no C++ compiler")
-    folder = tmp_path_factory.mktemp("cuda_host")
-    launcher = [path] if (path := shutil.which("ccache")) else []
+def programs() -> Dict[str, Path]:
+    """The compiled test programs, two at a time."""
 
-    def build(name: str) -> subprocess.CompletedProcess[str]:
-        source = ROOT / "tests" / "cpp" / f"{name}.cpp"
+    def build(name: str) -> Path:
         options = ["-std=c++20", "-O1", "-ffp-contract=off", "-Wall", "-Wno-unknown-pragmas", "-DBHYT_SIMT"]
-        includes = [f"-I{source.parent}", f"-I{KERNELS}"]
-        return run([*launcher, compiler, *options, *includes, str(source), "-o", str(folder / name)], 300)
+        return built(name, [SOURCES / f"{name}.cpp"], [*options, f"-I{SOURCES}", f"-I{KERNELS}"])
 
     with ThreadPoolExecutor(2) as pool:
-        for done in pool.map(build, PROGRAMS):
-            assert done.returncode == 0, done.stderr
-    return folder
+        return dict(zip(PROGRAMS, pool.map(build, PROGRAMS)))
 
 
 @pytest.mark.parametrize("name", PROGRAMS)
-def test_kernels_on_the_host(programs: Path, name: str) -> None:
-    done = run([str(programs / name)], 300)
+def test_kernels_on_the_host(programs: Dict[str, Path], name: str) -> None:
+    done = subprocess.run([programs[name]], capture_output=True, text=True, timeout=300)
     print(done.stdout)
     assert done.returncode == 0, done.stdout + done.stderr
 

@@ -100,6 +100,20 @@ void persistent(const Ladder& l) {
   check(blocks_per_multiprocessor(l) * l.threads * l.groups <= 512, "persistent blocks' registers fit");
 }
 
+// Every group has a row in the first turn, and no fewer turns would do; most blocks may have rows in the last one too.
+void even() {
+  for (int64_t rows = 1; rows < 5000; rows += rows < 300 ? 1 : 37)
+    for (int groups : {1, 2, 3, 16, 128})
+      for (int64_t most : {1, 3, 16, 132, 264}) {
+        const int64_t blocks = even_blocks(rows, groups, most), turns = ceil_div(rows, groups * most);
+        const auto at = std::to_string(rows) + " rows, " + std::to_string(groups) + " groups, " + std::to_string(most);
+        check(blocks >= 1 && blocks <= most && (blocks - 1) * groups < rows, "every block has a row: " + at);
+        check(blocks * groups * turns >= rows, "no more turns than all blocks take: " + at);
+        check((blocks - 1) * groups * turns < rows, "and no fewer blocks would do: " + at);
+      }
+  check(even_blocks(8192, 2, 132) == 128, "4096: 128 blocks of 64 rows, not 132 of 62 and four rows more");
+}
+
 }  // namespace
 
 int main() {
@@ -123,5 +137,6 @@ int main() {
         "forward: clusters of 8 at most");
   check(backward_ladder(4096, DType::bf16).groups == 2, "backward: two rows of 256 threads share a block");
   alignment();
+  even();
   return rows::report("ladder");
 }

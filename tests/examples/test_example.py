@@ -10,6 +10,8 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import bhyt
+
 from support.packages import needs
 from support.paths import EXAMPLES
 
@@ -143,19 +145,35 @@ class CountedOps(TorchDispatchMode):
         return op(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("norm", ["bhyt", "bhyt-exact"])
+@pytest.mark.parametrize("norm", ["bhyt-unit-gains", "bhyt", "bhyt-exact"])
 def test_second_site_reduces_nothing(norm):
     """With BHyT a block's only row reduction is its first site's, and no residual add is an op of its own."""
     model, tokens = Decoder(TINY, BLOCKS[norm]), torch.randint(VOCAB, (2, TINY.seq_len))
     model.norm = torch.nn.Identity()  # the final RMSNorm reduces too, and is not the subject
     with torch.no_grad(), CountedOps() as ops:
         model(tokens)
-    exact_adds = TINY.layers - 1 if norm == "bhyt" else 2 * TINY.layers - 1
+    exact_adds = 2 * TINY.layers - 1 if norm == "bhyt-exact" else TINY.layers - 1
     assert ops.count["bhyt::forward"] == 1  # the first block, which has nothing to add yet
     assert ops.count["bhyt::add_forward"] == exact_adds
-    assert ops.count["bhyt::add_forward_approx"] == (TINY.layers if norm == "bhyt" else 0)
+    assert ops.count["bhyt::add_forward_approx"] == (0 if norm == "bhyt-exact" else TINY.layers)
     assert not {"aten::mean", "aten::sum", "aten::rsqrt", "aten::sqrt", "aten::pow"} & ops.count.keys()
     assert ops.count["aten::add"] == 1 + 2 * TINY.layers  # the one before the final norm; rotary, for q and k
+
+
+def test_unit_gains_start_as_rmsnorm():
+    """Rows reach the sub-layers as RMSNorm would hand them on, but for what tanh bends; the offset has the gains in it."""
+    torch.manual_seed(0)
+    layer = Decoder(TINY, BLOCKS["bhyt-unit-gains"]).layers[0]
+    x = torch.randn(64, TINY.dim)
+    y, variance = layer.input_layernorm.forward_with_variance(x)
+    assert (y - x * variance.rsqrt()).abs().max() < 0.5 and abs(y.square().mean().sqrt() - 1) < 0.05
+    assert y.abs().max() <= 5
+    attention = layer.self_attn
+    gain = bhyt.attention_gain(
+        5 * attention.v_proj.weight, attention.o_proj.weight, TINY.seq_len, attention.heads // attention.kv_heads,
+        head_dim=attention.head_dim,
+    )
+    torch.testing.assert_close(layer.post_attention_layernorm.variance_offset, (gain * 0.2**2).reshape(1))
 
 
 def test_variance_offset_follows_the_weights():

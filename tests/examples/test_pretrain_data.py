@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from test_pretrain_hf import corpus, no_network  # noqa: F401  (fixtures; skips without the packages, knows the folder)
+from hf_runs import corpus, no_network  # noqa: F401 (fixtures)
 
 import datasets
 import pretrain_hf

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from test_pretrain_hf import no_network  # noqa: F401  (a fixture; skips without the packages, knows the folder)
+from hf_runs import no_network  # noqa: F401 (a fixture)
 
 import pretrain_hf
 import pyarrow

@@ -12,7 +12,7 @@ import sys
 import types
 import unittest
 from pathlib import Path
-from typing import Any, Dict, List, Tuple
+from typing import Any, Dict, Tuple
 
 import torch
 import transformers

@@ -18,11 +18,6 @@ def model() -> nn.Module:
     return converted().requires_grad_(False)
 
 
-@pytest.fixture(autouse=True)
-def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-
-
 def tokens() -> Tensor:
     return ids() % 63 + 1  # 0 is padding
 

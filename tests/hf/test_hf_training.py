@@ -14,11 +14,6 @@ from support.checks import same_bits
 from support.hf_models import adapted, close, converted, hf, ids, offsets, offsets_by_hand, stock
 from support.packages import needs
 
-@pytest.fixture(autouse=True)
-def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-
-
 @pytest.mark.parametrize("options", ({}, {"use_dora": True}), ids=str)
 def test_adapters(options: dict) -> None:
     """c is that of the merged weights, whether PEFT comes before or after; merging keeps the logits. USERS row 28."""

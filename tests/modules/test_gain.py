@@ -79,3 +79,33 @@ def test_errors(v_shape: tuple, o_shape: tuple, options: dict, message: str) -> 
     """Shapes and numbers that do not fit: ValueError with what was expected and given."""
     with pytest.raises(ValueError, match=message):
         bhyt.attention_gain(torch.zeros(v_shape), torch.zeros(o_shape), **{"seq_len": 4, **options})
+
+
+@pytest.mark.parametrize("heads, kv_heads", ((4, 4), (6, 2), (3, 1)))
+@pytest.mark.parametrize("grouped", (True, False))
+def test_values_of_a_fused_projection(heads: int, kv_heads: int, grouped: bool) -> None:
+    """`value_weight` gives back the W_V that was laid out as torchtitan and Megatron-Core do, or as vLLM does."""
+    d, head_dim = 10, 3
+    q, k, v = (torch.randn(n * head_dim, d) for n in (heads, kv_heads, kv_heads))
+    if grouped:
+        by_kv_head = [t.reshape(kv_heads, -1, d) for t in (q, k, v)]
+        fused = torch.cat(by_kv_head, dim=1).reshape(-1, d)
+    else:
+        fused = torch.cat((q, k, v))
+    assert torch.equal(bhyt.value_weight(fused, heads, kv_heads, grouped=grouped), v)
+
+
+@pytest.mark.parametrize(
+    "shape, heads, kv_heads, message",
+    (
+        ((7, 4), 2, 1, r"qkv_weight: expected \[4 \* head_dim, d\] for 2 query and 1 KV heads, got \[7, 4\]"),
+        ((8,), 2, 1, r"qkv_weight: expected .*got \[8\]"),
+        ((0, 4), 2, 1, r"qkv_weight: expected .*got \[0, 4\]"),
+        ((12, 4), 3, 2, "heads: expected a multiple of kv_heads, both integers >= 1, got 3 and 2"),
+        ((12, 4), 2, 0, "heads: expected .*got 2 and 0"),
+    ),
+)
+def test_what_is_no_fused_projection(shape: tuple, heads: int, kv_heads: int, message: str) -> None:
+    """Rows that do not divide into so many heads are refused."""
+    with pytest.raises(ValueError, match=message):
+        bhyt.value_weight(torch.zeros(shape), heads, kv_heads, grouped=True)

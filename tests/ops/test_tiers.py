@@ -6,16 +6,15 @@ a call gets.
 
 import os
 import platform
-import shutil
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 
 import bhyt  # noqa: F401
 from support.paths import ROOT, TESTS
+from support.programs import built
 
 FILES = ("test_accuracy.py", "test_determinism.py", "test_dtypes.py", "test_nonfinite.py", "test_quantized.py")
 # How torch names what ATEN_CPU_CAPABILITY asks for.
@@ -57,11 +56,9 @@ def test_tier(tier: str) -> None:
 
 
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="only x86-64 has tiers")
-@pytest.mark.skipif(shutil.which("g++") is None, reason="no g++")
-def test_best_tier_within_what_is_asked(tmp_path: Path) -> None:
+def test_best_tier_within_what_is_asked() -> None:
     """ATEN_CPU_CAPABILITY that names more than the CPU has gets the CPU's best kernels, one that names less its own."""
     sources = [TESTS / "cpp" / "test_cpu_tiers.cpp", ROOT / "csrc" / "cpu" / "kernels.cpp"]
-    program = tmp_path / "test_cpu_tiers"
-    subprocess.run(["g++", "-std=c++20", *sources, f"-I{ROOT / 'csrc'}", "-o", program], check=True)
+    program = built("test_cpu_tiers", sources, ["-std=c++20", f"-I{ROOT / 'csrc'}"])
     run = subprocess.run([program], capture_output=True, text=True)
     assert run.returncode == 0, run.stdout

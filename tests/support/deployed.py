@@ -1,6 +1,5 @@
 """A decoder with both kinds of site, what a step of training makes of it, and processes that know the op library alone."""
 
-import subprocess
 import sys
 from typing import Dict
 
@@ -8,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 import bhyt
+from support.fresh import run_fresh
 from support.paths import EXAMPLES, TESTS
 
 sys.path.insert(0, str(EXAMPLES))
@@ -47,12 +47,8 @@ def one_step(model: nn.Module, ids: Tensor) -> Dict[str, Tensor]:
 def fresh_process(code: str, *arguments: object, library: str = "") -> None:
     """Runs code in a Python that knows the op library, or this copy of it, and nothing else of bhyt."""
     prologue = "import sys, torch; torch.ops.load_library(sys.argv[1]); a = sys.argv[2:]\n"
-    run = subprocess.run(
-        [sys.executable, "-c", prologue + code, library or bhyt.library_path(), *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        cwd=TESTS,  # not the repository's root, where an installed bhyt is hidden
-    )
+    # Not in the repository's root, where an installed bhyt is hidden.
+    run = run_fresh(prologue + code, library or bhyt.library_path(), *arguments, cwd=TESTS)
     assert run.returncode == 0, run.stderr
 
 
