@@ -1,6 +1,7 @@
 """Draws a result. Speed against a copy and the peers over all sizes, or what eight bits add to the held-out loss.
 
-    python benchmarks/figures.py cpu                      the newest results/*/cpu.json -> cpu.png next to it
+    python benchmarks/figures.py cpu                      the newest results/*/cpu.json -> docs/figures/speed-avx512.png
+    python benchmarks/figures.py cpu-avx2                 the newest of it -> docs/figures/speed-avx2.png
     python benchmarks/figures.py quantized-accuracy-24    the newest of it -> docs/figures/quantization-outliers.png
     python benchmarks/figures.py cpu.json [--out cpu.png]
 """
@@ -63,7 +64,10 @@ def draw_against_copy(axes: Any, problems: Sequence[Problem], sizes: Sequence[tu
     for colour, (case, title) in zip(COLOURS, SITES.items()):
         share = ratios(times(problems, case, "copy", sizes), times(problems, case, "bhyt", sizes))
         axes.plot(places, share, "o-", color=colour, label=title, linewidth=2)
+    present = {name for p in problems for name in p["providers"]}
     for style, peer in ((":", "layer_norm"), ("--", "inductor")):
+        if peer not in present:
+            continue
         share = ratios(times(problems, "forward", "copy", sizes), times(problems, "forward", peer, sizes))
         axes.plot(places, share, style, color="0.45", label=PEERS[peer])
     axes.axhline(1, color="black", linewidth=0.8)
@@ -73,7 +77,10 @@ def draw_against_copy(axes: Any, problems: Sequence[Problem], sizes: Sequence[tu
 def draw_against_peers(axes: Any, problems: Sequence[Problem], sizes: Sequence[tuple[int, int]]) -> None:
     """Times faster than each peer, exact site: forward solid, forward + backward dashed."""
     places = range(len(sizes))
+    present = {name for p in problems for name in p["providers"]}
     for colour, (peer, title) in zip(COLOURS, PEERS.items()):
+        if peer not in present:
+            continue
         for case, style, label in (("forward", "o-", title), ("forward+backward", "s--", None)):
             faster = ratios(times(problems, case, peer, sizes), times(problems, case, "bhyt", sizes))
             axes.plot(places, faster, style, color=colour, label=label, markersize=4)
@@ -148,7 +155,11 @@ def draw_quantized_accuracy(result: dict[str, Any]) -> Any:
 
 
 DRAW = {"cpu": draw_cpu, "quantized-accuracy": draw_quantized_accuracy}  # by the "benchmark" field
-PAGES = {"quantized-accuracy-24": REPOSITORY / "docs" / "figures" / "quantization-outliers.png"}
+FIGURES = REPOSITORY / "docs" / "figures"
+PAGES = {
+    "cpu": FIGURES / "speed-avx512.png", "cpu-avx2": FIGURES / "speed-avx2.png",
+    "quantized-accuracy-24": FIGURES / "quantization-outliers.png",
+}  # fmt: skip
 
 
 def main(arguments: Optional[Sequence[str]] = None) -> None:
@@ -163,7 +174,7 @@ def main(arguments: Optional[Sequence[str]] = None) -> None:
     if result["benchmark"] not in DRAW:
         raise SystemExit(f"figures: {path} is of {result['benchmark']}; there are {', '.join(DRAW)}")
     out = args.out or PAGES.get(args.result, path.with_suffix(".png"))
-    DRAW[result["benchmark"]](result).savefig(out, dpi=130)
+    DRAW[result["benchmark"]](result).savefig(out, dpi=100)
     print(f"written to {out}")
 
 

@@ -3,8 +3,8 @@
     h = x + attention(attention_norm(x))
     y = h + feed_forward(ffn_norm(h))          or moe in feed_forward's place
 
-A block hands one tensor on to the next, in the decoder's loop and from one pipeline stage to another: so the add that ends it
-is not fused into the next block's first site.
+A block hands one tensor on to the next block, in the decoder's loop and from one pipeline stage to another. So the add
+at its end is not fused into the next block's first site.
 """
 
 import functools
@@ -28,6 +28,16 @@ class ConvertedBlock:
     ffn_norm: Any
 
     def forward(self, x: Tensor, attention_masks: Any, positions: Any = None) -> Tensor:
+        """Run attention and feed-forward (or mixture of experts) with the sites in front of them.
+
+        Args:
+            x: [batch, length, d], the residual stream.
+            attention_masks: as the base's forward takes them.
+            positions: as the base's forward takes them.
+
+        Returns:
+            The new stream, [batch, length, d].
+        """
         y, variance = self.attention_norm(x)
         branch = self.attention(y, attention_masks, positions)
         if self.is_approximate:
@@ -39,6 +49,7 @@ class ConvertedBlock:
 
     @property
     def is_approximate(self) -> bool:
+        """Whether the second site is approximate."""
         return isinstance(self.ffn_norm, SecondSite)
 
     def refresh(self) -> None:
@@ -64,7 +75,9 @@ def _values(attention: Any) -> Tensor:
     if weight.is_meta or len(weight) != rows:
         state = "is not loaded" if weight.is_meta else f"has {len(weight)} of its {rows} rows here"
         raise RuntimeError(f"model: the projection that computes the values {state}; c is that of all of them")
-    return value_weight(weight, attention.n_heads, attention.n_kv_heads, grouped=True) if hasattr(qkv, "wqkv") else weight
+    if not hasattr(qkv, "wqkv"):
+        return weight
+    return value_weight(weight, attention.n_heads, attention.n_kv_heads, grouped=True)
 
 
 def _feed_forward(block: Any) -> Any:
@@ -86,9 +99,9 @@ def check_block(config: Any) -> None:
         received.extend(args)
         return x.cos()
 
-    norm1, norm2, mlp = torch.tanh, torch.sin, torch.exp
-    parts = SimpleNamespace(attention=attention, attention_norm=norm1, ffn_norm=norm2, moe_enabled=config.moe is not None)
-    setattr(parts, "feed_forward" if config.moe is None else "moe", mlp)
+    norm1, norm2, mlp, is_dense = torch.tanh, torch.sin, torch.exp, config.moe is None
+    parts = SimpleNamespace(attention=attention, attention_norm=norm1, ffn_norm=norm2, moe_enabled=not is_dense)
+    setattr(parts, "feed_forward" if is_dense else "moe", mlp)
     x = torch.linspace(-2, 2, 8, dtype=torch.float32, device="cpu").view(1, 2, 4)
     try:
         y = owner.forward(parts, x, *given)

@@ -26,6 +26,7 @@ class SiteConfig(Module.Config):
     gain: float
 
     def build(self, **kwargs: Any) -> Any:
+        """Construct the site, its rows and states sharded as the norm's."""
         site = Module.Config.build(self, **kwargs)
         site._sharding_config = self._sharding(site)
         return site
@@ -61,7 +62,7 @@ class FirstSite(_Site, BHyT):
 
     @dataclass(kw_only=True, slots=True)
     class Config(SiteConfig):
-        pass
+        """The fields of `SiteConfig`."""
 
     def forward(self, x: Tensor) -> Any:  # type: ignore[override]
         """(y, variance)"""
@@ -73,7 +74,7 @@ class ExactSecondSite(_Site, BHyT):
 
     @dataclass(kw_only=True, slots=True)
     class Config(SiteConfig):
-        pass
+        """The fields of `SiteConfig`."""
 
     def forward(self, x: Tensor, residual: Tensor) -> Any:  # type: ignore[override]
         """(y, sum)"""
@@ -85,7 +86,7 @@ class SecondSite(_Site, BHyTApprox):
 
     @dataclass(kw_only=True, slots=True)
     class Config(SiteConfig):
-        pass
+        """The fields of `SiteConfig`."""
 
     def forward(self, x: Tensor, variance: Tensor, residual: Tensor) -> Any:  # type: ignore[override]
         """(y, sum)"""

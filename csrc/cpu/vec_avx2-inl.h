@@ -146,7 +146,8 @@ struct Bfloat : Pair<Bfloat, Float> {
     requires(sizeof(B) == 1)
   static void store_bytes(B* p, const F (&x)[2]) {
     const __m256i words = _mm256_packus_epi32(words_of(x[0], p), words_of(x[1], p));
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm256_permute4x64_epi64(words, 0xd8));  // packs work within halves
+    const __m256i ordered = _mm256_permute4x64_epi64(words, 0xd8);  // packs work within halves
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), ordered);
   }
 
   static F in_order(F x) {

@@ -134,10 +134,11 @@ def test_streams_of_older_torch(tmp_path: Path) -> None:
     assert "building for the CPU only" in unasked.stderr
 
 
-def test_wheels_workflow_is_valid() -> None:
-    """The workflow that builds wheels per torch minor version, against GitHub's schema."""
+def test_workflows_are_valid() -> None:
+    """The workflows that build wheels and the site, against GitHub's schema."""
     needs("check_jsonschema", "test")
-    workflow = str(ROOT / ".github" / "workflows" / "wheels.yml")
-    command = [sys.executable, "-m", "check_jsonschema", "--builtin-schema", "vendor.github-workflows", workflow]
+    workflows = sorted(map(str, (ROOT / ".github" / "workflows").glob("*.yml")))
+    assert len(workflows) >= 2
+    command = [sys.executable, "-m", "check_jsonschema", "--builtin-schema", "vendor.github-workflows", *workflows]
     run = subprocess.run(command, capture_output=True, text=True)
     assert run.returncode == 0, run.stdout + run.stderr
