@@ -49,12 +49,12 @@ def test_config_functions(launch: titan.Launcher) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("files", (1, 2))
-def test_export(files: int, launch: titan.Launcher, folder: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("family, files", (("llama3", 1), ("llama3", 2), ("qwen3", 1)))
+def test_export(family: str, files: int, launch: titan.Launcher, folder: Path, tmp_path: Path) -> None:
     """Trained for two steps by FSDP2 on two processes and exported by torchtitan, in one file or in several, as the base's
     index says: AutoModelForCausalLM loads the folder, offsets included, and has the same logits."""
     arguments = {
-        **jobs.FLOAT32, "training.steps": 2, "training.local_batch_size": 2, "checkpoint.last_save_in_hf": True,
+        **jobs.FLOAT32, "family": family, "training.steps": 2, "training.local_batch_size": 2, "checkpoint.last_save_in_hf": True,
         "checkpoint.last_save_model_only": True, "checkpoint.initial_load_path": None, "dump_folder": str(tmp_path),
     }  # fmt: skip
     if files == 2:
@@ -64,7 +64,7 @@ def test_export(files: int, launch: titan.Launcher, folder: Path, tmp_path: Path
     export = tmp_path / "checkpoint/step-2"
     shutil.rmtree(export / "sharded", ignore_errors=True)
     assert len(list(export.glob("*.safetensors"))) == files
-    launch(1, jobs.save_config, export)
+    launch(1, jobs.save_config, export, family)
     launch(1, jobs.logits_of_export, export, tmp_path / "loaded")
     trained, (loaded,) = titan.read(tmp_path / "trained", 2)[0], titan.read(tmp_path / "loaded", 1)
     assert (trained["logits"] - loaded["logits"]).abs().max() <= 1e-5

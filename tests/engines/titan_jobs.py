@@ -8,17 +8,18 @@ from typing import Any
 import pytest
 import titan
 import torch
+from titan_models import FAMILIES
 from torch import Tensor
 
 FLOAT32 = {"training.dtype": "float32"}
 
 
-def save_config(folder: Path) -> None:
+def save_config(folder: Path, family: str) -> None:
     """Beside exported weights, what transformers needs to load them."""
     import bhyt.torchtitan
 
-    config = titan.small(folder, FLOAT32, exact_layers=1)
-    bhyt.torchtitan.hf_config(config, titan.hf_base()).save_pretrained(folder)
+    config = titan.small(folder, {**FLOAT32, "family": family}, exact_layers=1)
+    bhyt.torchtitan.hf_config(config, FAMILIES[family].hf_config()).save_pretrained(folder)
 
 
 def logits_of_export(folder: Path, results: Path) -> None:
@@ -28,7 +29,8 @@ def logits_of_export(folder: Path, results: Path) -> None:
     import bhyt.hf  # noqa: F401
 
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    assert type(model).__name__ == "BHyTLlamaForCausalLM" and model.config.var_approx_exact_layers == 1
+    assert model.config.model_type.startswith("bhyt_") and model.config.var_approx_exact_layers == 1
+    assert [type(model).__name__] == model.config.architectures
     seen = {"logits": model.eval()(titan.TOKENS).logits}
     files = [safetensors.torch.load_file(file) for file in folder.glob("*.safetensors")]
     seen.update((name, tensor) for tensors in files for name, tensor in tensors.items() if name.endswith(("lam", "offset")))
@@ -43,7 +45,7 @@ def save_hf_model(folder: Path, results: Path) -> None:
     import bhyt.hf
 
     torch.manual_seed(3)
-    model = LlamaForCausalLM(titan.hf_base())
+    model = LlamaForCausalLM(FAMILIES["llama3"].hf_config())
     bhyt.hf.convert(model, seq_len=titan.LENGTH)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -159,7 +161,7 @@ def against_hf_offsets(folder: Path) -> None:
     trainer = titan.small(folder, FLOAT32).build()
     exported = trainer.checkpointer.sd_adapter.to_hf(trainer.model_parts[0].state_dict())
     exported = {name: titan.whole(tensor) for name, tensor in exported.items()}
-    model = transformers.LlamaForCausalLM(titan.hf_base())
+    model = transformers.LlamaForCausalLM(FAMILIES["llama3"].hf_config())
     bhyt.hf.convert(model, seq_len=titan.LENGTH)
     assert not model.load_state_dict(exported, strict=False).missing_keys
     loaded = [layer.post_attention_layernorm.variance_offset.clone() for layer in model.model.layers]
