@@ -58,11 +58,11 @@ def attention_gain(
 
 
 def value_weight(qkv_weight: Tensor, heads: int, kv_heads: int, *, grouped: bool) -> Tensor:
-    """W_V, as `attention_gain` takes it, out of the weight of a projection that computes queries, keys and values at once.
+    """W_V, as `attention_gain` takes it, out of the weight of a projection that computes queries, keys and values.
 
     Args:
-        qkv_weight: [(heads + 2 * kv_heads) * head_dim, d], all of it: an engine's shard must be gathered before (DTensors
-            are gathered here, by every process that takes part).
+        qkv_weight: [(heads + 2 * kv_heads) * head_dim, d], all of it: an engine's shard must be gathered before
+            (DTensors are gathered here, by every process that takes part).
         heads: query heads.
         kv_heads: KV heads, a divisor of heads.
         grouped: True where each KV head's rows follow those of its query heads (torchtitan's wqkv, Megatron-Core's

@@ -6,9 +6,9 @@
     model = GPTModel(config, spec, ...)
     refresh(model)                  # before training, after loading, and every tenth optimizer step, in every process
 
-Megatron hands the second norm the sum alone, so the layer's two sites share the variance, for as long as one forward takes.
-The residual adds stay Megatron's. Full recomputation, tensor, sequence and pipeline parallelism need nothing more. Gains and
-lam are vectors, which Megatron's optimizers do not decay.
+Megatron hands the second norm the sum alone, so the layer's two sites share the variance, for as long as one forward
+takes. The residual adds stay Megatron's. Full recomputation, tensor, sequence and pipeline parallelism need nothing
+more. Gains and lam are vectors, which Megatron's optimizers do not decay.
 """
 
 import copy
@@ -75,7 +75,7 @@ class BHyTLayer(TransformerLayer):
             if hasattr(getattr(linear, name, None), "layer_norm_weight"):
                 raise ValueError(f"submodules: {name} has a norm of its own; begin with get_gpt_layer_local_spec")
         if not hasattr(self.self_attention, "linear_qkv"):
-            raise ValueError(f"submodules: {type(self.self_attention).__name__} has no linear_qkv, of which W_V is part")
+            raise ValueError(f"submodules: {type(self.self_attention).__name__} has no linear_qkv, for W_V")
         self.pre_mlp_layernorm.first = (self.input_layernorm,)  # in a tuple, so that it is no submodule twice
 
 
@@ -95,7 +95,7 @@ def _check_options(config: Any) -> None:
     }
     names = [name for name, value in wrong.items() if value]
     if names:
-        raise ValueError(f"config: {', '.join(names)}: not with BHyT sites, which would compute something else, or no gradient")
+        raise ValueError(f"config: {', '.join(names)}: not with BHyT sites, whose variance or constant would be wrong")
 
 
 def bhyt_layer_spec(
@@ -135,7 +135,8 @@ def refresh(model: nn.Module) -> int:
         config, attention, site = layer.config, layer.self_attention, layer.pre_mlp_layernorm
         heads, kv_heads = config.num_attention_heads, config.num_query_groups
         if kv_heads % layer.tp_group.size():
-            raise ValueError(f"num_query_groups: expected a multiple of {layer.tp_group.size()} processes, got {kv_heads}")
+            processes = layer.tp_group.size()
+            raise ValueError(f"num_query_groups: expected a multiple of the {processes} processes, got {kv_heads}")
         qkv = _gathered(attention.linear_qkv.weight, 0, layer.tp_group)
         values = bhyt.value_weight(qkv, heads, kv_heads, grouped=True)
         output = _gathered(attention.linear_proj.weight, 1, layer.tp_group)

@@ -3,8 +3,8 @@
     h = x + attention(attention_norm(x))
     y = h + feed_forward(ffn_norm(h))          or moe in feed_forward's place
 
-A block hands one tensor on to the next, in the decoder's loop and from one pipeline stage to another: so the add that ends it
-is not fused into the next block's first site.
+A block hands one tensor on to the next, in the decoder's loop and from one pipeline stage to another: so the add that
+ends it is not fused into the next block's first site.
 """
 
 import functools
@@ -64,7 +64,9 @@ def _values(attention: Any) -> Tensor:
     if weight.is_meta or len(weight) != rows:
         state = "is not loaded" if weight.is_meta else f"has {len(weight)} of its {rows} rows here"
         raise RuntimeError(f"model: the projection that computes the values {state}; c is that of all of them")
-    return value_weight(weight, attention.n_heads, attention.n_kv_heads, grouped=True) if hasattr(qkv, "wqkv") else weight
+    if not hasattr(qkv, "wqkv"):
+        return weight
+    return value_weight(weight, attention.n_heads, attention.n_kv_heads, grouped=True)
 
 
 def _feed_forward(block: Any) -> Any:
@@ -87,8 +89,8 @@ def check_block(config: Any) -> None:
         return x.cos()
 
     norm1, norm2, mlp = torch.tanh, torch.sin, torch.exp
-    parts = SimpleNamespace(attention=attention, attention_norm=norm1, ffn_norm=norm2, moe_enabled=config.moe is not None)
-    setattr(parts, "feed_forward" if config.moe is None else "moe", mlp)
+    parts = SimpleNamespace(attention=attention, attention_norm=norm1, ffn_norm=norm2, moe_enabled=bool(config.moe))
+    setattr(parts, "moe" if config.moe else "feed_forward", mlp)
     x = torch.linspace(-2, 2, 8, dtype=torch.float32, device="cpu").view(1, 2, 4)
     try:
         y = owner.forward(parts, x, *given)

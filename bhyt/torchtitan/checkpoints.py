@@ -143,6 +143,7 @@ def hf_config(config: Any, base: Any = None) -> Any:
     if not isinstance(base, PretrainedConfig):
         base = AutoConfig.from_pretrained(base or config.hf_assets_path)
     made = config_class(base.model_type)
-    values = {k: v for k, v in base.to_dict().items() if k not in ("model_type", "architectures", "transformers_version")}
+    own = ("model_type", "architectures", "transformers_version")
+    values = {name: value for name, value in base.to_dict().items() if name not in own}
     fields = {**site_fields(model_config), "seq_len": config.training.seq_len}
     return made(**{**values, **fields, "architectures": [tables.class_names(made)["AutoModelForCausalLM"]]})

@@ -1,5 +1,5 @@
-"""torchtitan's launcher looks here for `--module bhyt.torchtitan --config NAME`: NAME is any config function of its Llama 3
-and Qwen3, whose config is converted with the defaults of `bhyt.torchtitan.convert`."""
+"""torchtitan's launcher looks here for `--module bhyt.torchtitan --config NAME`: NAME is any config function of its
+Llama 3 and Qwen3, whose config is converted with the defaults of `bhyt.torchtitan.convert`."""
 
 import functools
 import importlib

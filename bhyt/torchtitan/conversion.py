@@ -33,8 +33,8 @@ def convert(
 ) -> Any:
     """A config of torchtitan whose blocks have BHyT sites in the places of their norms.
 
-    The residual add behind the attention is fused into the second site. T, the sequence length that approximate sites are
-    built for, is that of training (`training.seq_len`).
+    The residual add behind the attention is fused into the second site. T, the sequence length that approximate sites
+    are built for, is that of training (`training.seq_len`).
 
     Args:
         config: a `Trainer.Config` with the model_spec of a decoder such as Llama 3 or Qwen3, dense or with a mixture of
@@ -49,8 +49,8 @@ def convert(
         The converted config; the final norm and those of queries and keys stay what they are.
 
     Raises:
-        ValueError: numbers that mean nothing; a config without such a model, one that is converted already, or whose blocks
-            compute something else than is assumed (`block.py`).
+        ValueError: numbers that mean nothing; a config without such a model, one that is converted already, or whose
+            blocks compute something else than is assumed (`block.py`).
     """
     _check_numbers(input_layer_lam, post_layer_lam, kappa, every, exact_layers)
     layers = list(_layers(config))
@@ -58,9 +58,8 @@ def convert(
         _check_layer(layer)
 
     def site(norm: Any, kind: Any, lam: float) -> Any:
-        return kind.Config(
-            hidden_size=norm.normalized_shape, lam=lam, kappa=kappa, eps=norm.eps, gain=kappa / lam if unit_gains else 1.0
-        )
+        gain = kappa / lam if unit_gains else 1.0
+        return kind.Config(hidden_size=norm.normalized_shape, lam=lam, kappa=kappa, eps=norm.eps, gain=gain)
 
     converted = [
         converted_config(
@@ -93,7 +92,7 @@ def _layers(config: Any) -> Iterator[Any]:
         raise ValueError(f"config: expected a torchtitan Trainer.Config with a model_spec, got {type(config).__name__}")
     layers = getattr(config.model_spec.model, "layers", None)
     if not layers:
-        raise ValueError(f"config: {config.model_spec.name} {config.model_spec.flavor} has no layers; nothing to convert")
+        raise ValueError(f"config: {config.model_spec.name} has no layers; nothing to convert")
     for layer in layers:
         owner = type(layer)._owner
         if issubclass(owner, ConvertedBlock):

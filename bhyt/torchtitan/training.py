@@ -1,4 +1,4 @@
-"""What runs once the optimizers are built, and after their steps: no decay of gains and lam, refreshes of the offsets."""
+"""What runs once the optimizers are built, and after steps: no decay of gains and lam, refreshes of the offsets."""
 
 from typing import Any, Callable, Iterable, List, Optional
 
@@ -11,8 +11,8 @@ from bhyt.torchtitan.block import ConvertedBlock
 def refresh(model_parts: Any) -> int:
     """Recompute the offset of every approximate site from W_V, W_O and lam, as they are now.
 
-    torchtitan's trainer does it before training and every so many steps (see `convert`). With sharded weights every process
-    must call it, between steps.
+    torchtitan's trainer does it before training and every so many steps (see `convert`). With sharded weights every
+    process must call it, between steps.
 
     Args:
         model_parts: a model, or the parts of one that this process has (`trainer.model_parts`).

@@ -20,7 +20,7 @@ Arguments = Dict[str, Any]
 
 
 class Launcher:
-    """A process that has imported torchtitan, as patched for CPUs, and forks those that train: the import takes seconds."""
+    """A process that has imported torchtitan, as patched for CPUs, and forks those that train."""
 
     def __init__(self) -> None:
         context = multiprocessing.get_context("spawn")
@@ -30,7 +30,7 @@ class Launcher:
         theirs.close()
 
     def __call__(self, processes: int, job: Callable[..., None], *arguments: Any) -> None:
-        """job(*arguments) in each of so many processes, in the environment of torchrun; what it raises fails the test."""
+        """job(*arguments) in each of so many processes, in torchrun's environment; what it raises fails the test."""
         self._pipe.send((processes, job, arguments))
         error = self._pipe.recv()
         if error:
@@ -96,7 +96,8 @@ def small(folder: Path, arguments: Arguments, **options: Any) -> Any:
     config.parallelism = ParallelismConfig()
     config.activation_checkpoint = None
     settings = {
-        "training.seq_len": LENGTH, "training.local_batch_size": SEQUENCES, "training.steps": 1, "training.max_norm": 1e9,
+        "training.seq_len": LENGTH, "training.local_batch_size": SEQUENCES, "training.steps": 1,
+        "training.max_norm": 1e9,
         "training.dtype": "float64", "training.mixed_precision_param": arguments.get("training.dtype", "float64"),
         "training.mixed_precision_reduce": arguments.get("training.dtype", "float64"),
         "training.disable_cuda_graphs": True, "parallelism.spmd_backend": BACKEND,

@@ -32,8 +32,9 @@ def logits_of_export(folder: Path, results: Path) -> None:
     assert model.config.model_type.startswith("bhyt_") and model.config.var_approx_exact_layers == 1
     assert [type(model).__name__] == model.config.architectures
     seen = {"logits": model.eval()(titan.TOKENS).logits}
-    files = [safetensors.torch.load_file(file) for file in folder.glob("*.safetensors")]
-    seen.update((name, tensor) for tensors in files for name, tensor in tensors.items() if name.endswith(("lam", "offset")))
+    for file in folder.glob("*.safetensors"):
+        tensors = safetensors.torch.load_file(file)
+        seen.update((name, tensor) for name, tensor in tensors.items() if name.endswith(("lam", "offset")))
     torch.distributed.init_process_group("gloo")
     titan.write(seen, results)
 
@@ -107,8 +108,9 @@ def export_rounded_weights(folder: Path) -> None:
 
 
 def refresh_and_decay(folder: Path) -> None:
-    """Offsets are those of the weights before training and after every second step, and in between as they were; gains and
-    lam of sites are in groups without decay, everything else in those it was in; the hook that was there runs first."""
+    """Offsets are those of the weights before training and after every second step, and in between as they were; gains
+    and lam of sites are in groups without decay, everything else in those it was in; the hook that was there runs
+    first."""
     import bhyt.torchtitan
 
     config = titan.small(folder, {"training.steps": 5}, every=2)
@@ -172,8 +174,8 @@ def against_hf_offsets(folder: Path) -> None:
 
 
 def config_functions() -> None:
-    """`--module bhyt.torchtitan` finds every config function of Llama 3 and Qwen3, and what it returns is converted; those
-    whose linears have adapters are refused."""
+    """`--module bhyt.torchtitan` finds every config function of Llama 3 and Qwen3, and what it returns is converted;
+    those whose linears have adapters are refused."""
     from torchtitan.components.quantization import float8, mx, nvfp4
     from torchtitan.config import ConfigManager
 
@@ -195,7 +197,8 @@ def config_functions() -> None:
         except ValueError as error:
             assert "lora" in name and "(adapters)" in str(error), name
             continue
-        assert not rest and all(issubclass(type(b)._owner, ConvertedBlock) for b in config.model_spec.model.layers), name
+        owners = [type(block)._owner for block in config.model_spec.model.layers]
+        assert not rest and owners and all(issubclass(owner, ConvertedBlock) for owner in owners), name
         converted += 1
     assert converted > 15
     with pytest.raises(ValueError, match="llama3_debugmodel"):  # the launcher lists what there is
@@ -248,7 +251,8 @@ def refusals(folder: Path) -> None:
         with pytest.raises(ValueError) as error:
             convert(config)
         assert str(error.value).startswith(message) and "\n" not in str(error.value), error.value
-    for name, value in (("kappa", 0), ("input_layer_lam", -1.0), ("post_layer_lam", True), ("every", 0), ("exact_layers", -1)):
+    numbers = {"kappa": 0, "input_layer_lam": -1.0, "post_layer_lam": True, "every": 0, "exact_layers": -1}
+    for name, value in numbers.items():
         with pytest.raises(ValueError, match=f"{name}: expected "):
             convert(plain, **{name: value})
     assert not any("BHyT" in type(layer).__qualname__ for layer in plain.model_spec.model.layers)

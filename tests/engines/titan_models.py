@@ -54,7 +54,9 @@ class Qwen3:
     def spec(cls) -> Any:
         from torchtitan.models.qwen3 import model_registry
 
-        return model_registry("debugmodel_moe", moe_comm_backend="standard") if cls.experts else model_registry("debugmodel")
+        if cls.experts:
+            return model_registry("debugmodel_moe", moe_comm_backend="standard")
+        return model_registry("debugmodel")
 
     @classmethod
     def model(cls) -> Any:
