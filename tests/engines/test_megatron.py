@@ -164,7 +164,7 @@ def refusals(folder: Path, rank: int, processes: int) -> None:
     from megatron_layer import bhyt_layer_spec
 
     for options, message in (
-        ({"recompute_granularity": "selective", "recompute_modules": ["layernorm"]}, "config: recompute_modules: layern"),
+        ({"recompute_granularity": "selective", "recompute_modules": ["layernorm"]}, "config: recompute_modules"),
         ({"hidden_dropout": 0.1}, "config: hidden_dropout: not"),
         ({"apply_residual_connection_post_layernorm": True}, "config: apply_residual_connection_post_layernorm: not"),
         ({"layernorm_zero_centered_gamma": True}, "config: layernorm_zero_centered_gamma: not"),

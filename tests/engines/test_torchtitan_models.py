@@ -60,7 +60,8 @@ def test_export(family: str, files: int, launch: titan.Launcher, folder: Path, t
     base's index says: AutoModelForCausalLM loads the folder, offsets included, and has the same logits."""
     arguments = {
         **jobs.FLOAT32, "family": family, "training.steps": 2, "training.local_batch_size": 2,
-        "checkpoint.last_save_in_hf": True, "checkpoint.last_save_model_only": True, "checkpoint.initial_load_path": None, "dump_folder": str(tmp_path),
+        "checkpoint.last_save_in_hf": True, "checkpoint.last_save_model_only": True,
+        "checkpoint.initial_load_path": None, "dump_folder": str(tmp_path),
     }  # fmt: skip
     if files == 2:
         write_index(tmp_path / "assets")
@@ -97,8 +98,8 @@ def write_index(assets: Path) -> None:
 
 @pytest.mark.slow
 def test_initial_checkpoint(launch: titan.Launcher, tmp_path: Path) -> None:
-    """A folder of bhyt.hf is what torchtitan begins with, offsets included, on one process and sharded: the same logits;
-    and one of a model that computes something else is refused."""
+    """A folder of bhyt.hf is what torchtitan begins with, offsets included, on one process and sharded: the same
+    logits; and one of a model that computes something else is refused."""
     launch(1, jobs.save_hf_model, tmp_path / "model", tmp_path / "hf")
     (expected,) = titan.read(tmp_path / "hf", 1)
     tp = {"parallelism.tensor_parallel_degree": 2, "parallelism.enable_sequence_parallel": False}
