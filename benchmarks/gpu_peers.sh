@@ -3,10 +3,10 @@
 #
 #     benchmarks/gpu_peers.sh peers.tar.xz
 #
-# and there PEERS=peers.tar.xz benchmarks/run_gpu.sh OUTDIR second. For Python 3.12 on x86-64, beside a torch with Triton and
-# cuda-python, which are not packed. What else a peer needs comes with it, in versions that go together: PACKAGES names
-# others, PYTHON_VERSION another Python. LIMIT_MB, 50, is what the file may have: a peer that makes it larger is left
-# out, with a warning. Packing takes minutes.
+# and there PEERS=peers.tar.xz benchmarks/run_gpu.sh OUTDIR second. For Python 3.12 on x86-64, beside a torch with Triton
+# and cuda-python, which are not packed. What else a peer needs comes with it, in versions that go together: PACKAGES
+# names others, PYTHON_VERSION another Python. LIMIT_MB, 50, is what the file may have: a peer that makes it larger is
+# left out, with a warning. Packing takes minutes.
 set -euo pipefail
 OUT=$(realpath -m "${1:?usage: gpu_peers.sh FILE.tar.xz}")
 PYTHON=${PYTHON:-python3}
