@@ -26,7 +26,7 @@ def convert(
     seq_len: Optional[int] = None,
     use_gamma_var: Optional[bool] = None,
     exact_layers: int = 0,
-    warm_start: bool = False,
+    unit_gains: bool = False,
 ) -> int:
     """Turn the norms of a decoder's layers into BHyT sites, in place.
 
@@ -46,13 +46,15 @@ def convert(
         seq_len: T, the sequence length the model is built for; needed for approximate sites unless
             `model.config.seq_len` gives it. It is never taken from a batch.
         use_gamma_var: multiply the variance that attention adds by the mean square of the first site's gain, as the
-            authors' option of this name does; None: when warm_start is given, whose gains are far from 1.
+            authors' option of this name does; None: when unit_gains is given, whose gains are far from 1.
         exact_layers: so many layers from the first on get exact second sites too. 1 costs one reduction per model,
             and does without the approximation where it fails: small embeddings in front of the first attention.
-        warm_start: multiply each gain by kappa / lam, so that for small arguments a site is the RMSNorm it replaces;
-            the first deviation is -(lam/kappa)^2 / 3 (x/rms)^2 relative. For models that were trained with RMSNorm.
-            Only exact sites ("bhytstar") begin so near: trained attention adds more variance than the others
-            assume.
+        unit_gains: multiply each gain by kappa / lam. A new model's sub-layers then read rows whose root mean square is
+            about 1, as from RMSNorm, and in the study such models end below RMSNorm's loss; the paper starts at 1, and
+            so does the default, by which a config means the same model everywhere. For small arguments a site is then
+            the RMSNorm it replaces: the first deviation is -(lam/kappa)^2 / 3 (x/rms)^2 relative. So a model that was
+            trained with RMSNorm keeps most of its quality, but with exact sites ("bhytstar") only: trained attention
+            adds more variance than the others assume. The bound of an output is kappa / lam, not 1.
 
     Returns:
         The number of sites.
@@ -74,16 +76,16 @@ def convert(
         norm_type=norm_type, input_layer_lam=input_layer_lam, post_layer_lam=post_layer_lam,
         last_layer_lam=last_layer_lam, learnable_lam=learnable_lam, bhyt_kappa=kappa, bhyt_eps=eps,
         seq_len=seq_len or getattr(config, "seq_len", None),
-        use_gamma_var=warm_start if use_gamma_var is None else use_gamma_var, var_approx_exact_layers=exact_layers,
+        use_gamma_var=unit_gains if use_gamma_var is None else use_gamma_var, var_approx_exact_layers=exact_layers,
     ))  # fmt: skip
     converted_class = config_class(getattr(config, "model_type", type(model).__name__))
-    if not warm_start and any((norm.weight != 1).any() for norm in plan.norms if not norm.weight.is_meta):
+    if not unit_gains and any((norm.weight != 1).any() for norm in plan.norms if not norm.weight.is_meta):
         warnings.warn(
             "bhyt.hf.convert: the norms of this model have been trained; as BHyT sites they compute another function,"
-            " and the model needs further training (warm_start=True begins near the old one)",
+            " and the model needs further training (unit_gains=True begins near the old one)",
             stacklevel=2,
         )
-    sites = plan.install(config, warm_start)
+    sites = plan.install(config, unit_gains)
     config.__class__ = converted_class
     vars(config).pop("model_type", None)  # of a loaded config, in front of the class's
     for name in SITE_FIELDS:

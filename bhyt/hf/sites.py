@@ -54,23 +54,23 @@ class Plan:
         eps = [check_norm(norm) for norm in self.norms]
         self.fields = fields if fields.bhyt_eps is not None else replace(fields, bhyt_eps=eps[0])
 
-    def install(self, config: Any, warm_start: bool = False) -> int:
+    def install(self, config: Any, unit_gains: bool = False) -> int:
         """Put the sites in, with the norms' gains; `config` is what the layers will read. Returns their number."""
         fields = self.fields
         for layer, returns_tuple in zip(self._layers, self._return_tuples):
             layer.config, layer.approximate, layer.returns_tuple = config, layer in self._approximate, returns_tuple
-            layer.input_layernorm = self._site(layer.input_layernorm, BHyT, fields.input_layer_lam, warm_start)
+            layer.input_layernorm = self._site(layer.input_layernorm, BHyT, fields.input_layer_lam, unit_gains)
             second = BHyTApprox if layer.approximate else BHyT
             layer.post_attention_layernorm = self._site(
-                layer.post_attention_layernorm, second, fields.post_layer_lam, warm_start
+                layer.post_attention_layernorm, second, fields.post_layer_lam, unit_gains
             )
             layer.__class__ = layer_class(type(layer))
             layer.register_load_state_dict_post_hook(after_loading)
         if self._final is not None:
-            self._final.norm = self._site(self._final.norm, BHyT, fields.last_layer_lam, warm_start)
+            self._final.norm = self._site(self._final.norm, BHyT, fields.last_layer_lam, unit_gains)
         return len(self.norms)
 
-    def _site(self, norm: Any, kind: Any, lam: float, warm_start: bool) -> Any:
+    def _site(self, norm: Any, kind: Any, lam: float, unit_gains: bool) -> Any:
         """A site in a norm's place: of its size, device and dtype, with its gain."""
         weight, fields = norm.weight, self.fields
         site = kind(
@@ -81,7 +81,7 @@ class Plan:
             for name, parameter in list(site.named_parameters()):
                 setattr(site, name, nn.Parameter(parameter.detach().to("meta")))
         with torch.no_grad():
-            site.weight.copy_(weight * (fields.bhyt_kappa / lam if warm_start else 1))
+            site.weight.copy_(weight * (fields.bhyt_kappa / lam if unit_gains else 1))
         return site.train(norm.training)
 
 

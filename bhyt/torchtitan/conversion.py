@@ -43,7 +43,7 @@ def convert(
         post_layer_lam: initial lam of a block's second site.
         kappa: see `bhyt.BHyT`.
         every: optimizer steps between refreshes of the offsets, the first before training.
-        unit_gains: gains start at kappa / lam, as `bhyt.hf.convert` has it with warm_start; otherwise at 1.
+        unit_gains: gains start at kappa / lam, as by `bhyt.hf.convert`; otherwise at 1.
         exact_layers: so many blocks from the first on get exact second sites too.
 
     Returns:

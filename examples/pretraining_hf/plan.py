@@ -20,7 +20,7 @@ def build_model(shape: dict[str, Any], norm: str, seq_len: int, exact_layers: in
     config = LlamaConfig(**shape, max_position_embeddings=seq_len)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     if NORMS[norm]:
-        bhyt.hf.convert(model, norm_type=NORMS[norm], seq_len=seq_len, exact_layers=exact_layers, warm_start=unit_gains)
+        bhyt.hf.convert(model, norm_type=NORMS[norm], seq_len=seq_len, exact_layers=exact_layers, unit_gains=unit_gains)
     return model
 
 

@@ -271,7 +271,7 @@ def check_twin(model: nn.Module) -> None:
             if "layernorm" in name:
                 nn.init.uniform_(parameter, 0.5, 1.5)
         expected = model(ids()).logits
-        hf.convert(model, norm_type="bhytstar", input_layer_lam=0.1, post_layer_lam=0.1, warm_start=True)
+        hf.convert(model, norm_type="bhytstar", input_layer_lam=0.1, post_layer_lam=0.1, unit_gains=True)
         assert (model(ids()).logits - expected).norm() <= 2e-3 * expected.norm()
 
 

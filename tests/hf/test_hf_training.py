@@ -169,7 +169,7 @@ def test_warm_start_of_a_trained_model() -> None:
     with torch.no_grad():
         best = loss_of(original, 10**6)
     assert best < 0.1  # guessing is log 64 = 4.2
-    warm = dict(warm_start=True)
+    warm = dict(unit_gains=True)
     conversions = {
         "exact": warm | {"norm_type": "bhytstar"}, "warm": warm,
         "without gain": warm | {"use_gamma_var": False}, "cold": {},
