@@ -22,6 +22,8 @@ Providers
     inductor           torch.compile of the same formula, for each shape (dynamic shapes were slower)
     inductor_rms_norm  torch.compile of F.rms_norm (for add cases: with the addition)
     inductor_dyt       torch.compile of DyT, weight * tanh(alpha * x) + bias (not for add cases)
+    vllm               vLLM's kernels rms_norm and fused_add_rms_norm, which allocate nothing: where vLLM is
+                       installed, for forwards alone, without --tier
     all_gradients      cases in brackets: bhyt's backward with every gradient
 """
 
@@ -34,7 +36,7 @@ from typing import Any, Callable, Iterator, Mapping, Optional, Sequence
 
 import common
 import torch
-from cpu_providers import Compiler, Formula, formulas
+from cpu_providers import Compiler, Formula, formulas, has_vllm, vllm_call
 from torch import Tensor
 
 import bhyt
@@ -61,7 +63,9 @@ MASKED = tuple(
     }.items()
     for names in masks
 )
-PEERS = ("copy", "layer_norm", "rms_norm", "eager", "inductor", "inductor_rms_norm", "inductor_dyt", "all_gradients")
+PEERS = (
+    "copy", "layer_norm", "rms_norm", "eager", "inductor", "inductor_rms_norm", "inductor_dyt", "vllm", "all_gradients",
+)  # fmt: skip
 DIFFERENTIABLE = ("x", "residual", "variance", "weight", "bias", "lam", "alpha")
 
 
@@ -188,6 +192,8 @@ def provider_calls(
     calls: dict[str, common.Call] = {}
     if "copy" in peers and not only_compiled:
         calls |= copy_calls(case, buffers)
+    if "vllm" in peers and op in common.MIX and "backward" not in op and not only_compiled:
+        calls["vllm"] = vllm_call(op, buffers.inputs)
     for name, formula in formulas(forward_case).items():
         if name != "bhyt" and name not in peers or only_compiled and not name.startswith("inductor"):
             continue
@@ -366,6 +372,8 @@ def parse(arguments: Optional[Sequence[str]] = None) -> argparse.Namespace:
 def main() -> None:
     args = parse()
     common.reexecute(args.tier)
+    if "vllm" in args.peers and (args.tier or args.compile_only or not has_vllm()):
+        args.peers.remove("vllm")
     torch.set_num_threads(args.threads)
     if args.compile_only:
         return compile_only(args)

@@ -1,6 +1,7 @@
 """Who bench_cpu.py measures: each provider's function of a case, by the names of its inputs."""
 
-from typing import Any, Callable, NamedTuple, Sequence
+import importlib.util
+from typing import Any, Callable, Mapping, NamedTuple, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -69,6 +70,26 @@ def formulas(forward_case: str) -> dict[str, Formula]:
     if not adds:
         table["inductor_dyt"] = Formula(("x", "alpha", "weight", "bias"), dyt)
     return table
+
+
+def has_vllm() -> bool:
+    """Whether vLLM is here; its kernels are loaded then: those of the CPU's best instruction set, whatever the tier."""
+    if importlib.util.find_spec("vllm") is None:
+        return False
+    from vllm.platforms import current_platform  # seconds
+
+    current_platform.import_kernels()
+    return hasattr(torch.ops._C, "fused_add_rms_norm")
+
+
+def vllm_call(forward_case: str, inputs: Sequence[Mapping[str, Tensor]]) -> Callable[[int], object]:
+    """vLLM's kernels return nothing: they write into an output that is given, in add cases over both inputs."""
+    own = [(named["x"].clone(), named["residual"].clone(), named["weight"]) for named in inputs]
+    if forward_case.startswith("add"):
+        fused = torch.ops._C.fused_add_rms_norm
+        return lambda i: fused(*own[i], 1e-6)
+    norm = torch.ops._C.rms_norm
+    return lambda i: norm(own[i][1], inputs[i]["x"], own[i][2], 1e-6)
 
 
 class Compiler:

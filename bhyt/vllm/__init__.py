@@ -14,6 +14,7 @@ FAMILIES = {
     "diffllama": "DiffLlama",
 }  # fmt: skip
 MIXTURES = ("mixtral", "qwen3_moe", "olmoe")
+NATIVE = ("llama", "mistral", "qwen2", "qwen3")
 
 
 def register() -> None:
@@ -24,8 +25,9 @@ def register() -> None:
     from vllm import ModelRegistry
 
     for base, name in FAMILIES.items():
-        kind = "MixtureForCausalLM" if base in MIXTURES else "ForCausalLM"
-        ModelRegistry.register_model(f"BHyT{name}ForCausalLM", f"bhyt.vllm.model:{kind}")
+        own, kind = f"native:{name}ForCausalLM", "MixtureForCausalLM" if base in MIXTURES else "ForCausalLM"
+        path = own if base in NATIVE else f"model:{kind}"
+        ModelRegistry.register_model(f"BHyT{name}ForCausalLM", f"bhyt.vllm.{path}")
     _register_configs()
     _register_lengths()
 

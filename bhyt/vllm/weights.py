@@ -1,7 +1,8 @@
 """Offsets of a model that an engine runs: they come with the weights, or are computed from them as they pass by.
 
-An engine merges q, k and v, shards them, and packs them for its kernels. Then no offset can be computed from the
-weights in the model. Every doubtful case is an error of one line.
+An engine merges q, k and v, shards them, and packs them as its kernels like them: an offset cannot be computed from
+what is in the model then. It is computed from what passes by, and passes by behind it: the engine loads it as it loads
+what is in a file. Whatever is in doubt is an error of one line.
 """
 
 import re
@@ -13,26 +14,37 @@ from torch import Tensor, nn
 from bhyt.gain import attention_gain
 from bhyt.hf.layer import ConvertedLayer
 from bhyt.hf.offsets import LayerOffset
-from bhyt.modules import BHyT, BHyTApprox, offset_of
+from bhyt.modules import BHyT, BHyTApprox
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-_OFFSET, _V, _O = "post_attention_layernorm.variance_offset", "self_attn.v_proj.weight", "self_attn.o_proj.weight"
+_OFFSET, _LAM, _GAIN = "post_attention_layernorm.variance_offset", "input_layernorm.lam", "input_layernorm.weight"
+_V, _O = "self_attn.v_proj.weight", "self_attn.o_proj.weight"
 Weights = Iterable[Tuple[str, Tensor]]
 
+# an argument of vLLM's -> what it would do to a model that has variance offsets
+_REFUSED = {
+    "enable_lora": "an adapter on v_proj or o_proj has offsets of its own, and would be run with its base's; merge it"
+    " (PEFT's merge_and_unload), save the model and serve that, or train with norm_type='bhytstar'",
+    "quantization": "offsets are those of the weights before it; serve the model as it is, or train with"
+    " norm_type='bhytstar'",
+    "load_format": "'dummy' makes offsets up; load a saved model, and send new weights to that",
+}
 
-def check_config(config: Any, lora: bool) -> None:
+
+def check_config(vllm_config: Any) -> None:
     """Refuse what would be computed wrong."""
+    config = vllm_config.model_config.hf_config
+    asked = {
+        "enable_lora": vllm_config.lora_config is not None,
+        "quantization": vllm_config.quant_config is not None,
+        "load_format": vllm_config.load_config.load_format == "dummy",
+    }
     if getattr(config, "bhyt_quantization", None):
-        raise ValueError(
-            "model: the 8-bit linears of bhyt.quantization are not served; serve the model that was quantised"
-        )
-    exact = config.norm_type == "bhytstar" or config.var_approx_exact_layers >= config.num_hidden_layers
-    if lora and not exact:
-        raise ValueError(
-            "enable_lora: an adapter on v_proj or o_proj has variance offsets of its own, and would be run with its"
-            " base's; merge it (PEFT's merge_and_unload), save the model and serve that, or train with"
-            " norm_type='bhytstar'"
-        )
+        raise ValueError("model: 8-bit linears of bhyt.quantization are not served; serve the model that was quantised")
+    if config.norm_type != "bhytstar" and config.var_approx_exact_layers < config.num_hidden_layers:
+        for name in asked:
+            if asked[name]:
+                raise ValueError(f"{name}: {_REFUSED[name]}")
 
 
 class LoadedOffset(LayerOffset):
@@ -48,9 +60,7 @@ class LoadedOffset(LayerOffset):
         Raises:
             RuntimeError: always.
         """
-        raise RuntimeError(
-            "model: it is served, and its offsets are those that it was loaded with; load all weights anew"
-        )
+        raise RuntimeError("model: it is served, with the offsets that it was loaded with; load all weights anew")
 
 
 def keep_loaded(model: nn.Module) -> None:
@@ -60,36 +70,62 @@ def keep_loaded(model: nn.Module) -> None:
             layer.__dict__["_offset"] = LoadedOffset()
 
 
+class LoadsOffsets:
+    """In front of a class of vLLM's that loads weights."""
+
+    model: Any
+    config: Any
+
+    def load_weights(self, weights: Weights) -> Set[str]:
+        """As vLLM's. Offsets that do not come with the weights are computed from them; see `Loading.watch`."""
+        loading = Loading(self.model)
+        loaded: Set[str] = super().load_weights(loading.watch(weights))  # type: ignore[misc]
+        loading.finish(loaded, prefix="model.")
+        return loaded
+
+
 class Loading:
     """One pass of weights into a model: `watch` them, then `finish`."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: Any) -> None:
         self._model = model
         self._layers = {
-            int(name.rpartition(".")[2]): _Layer(layer)
+            int(name.rpartition(".")[2]): _Layer(layer, model.config)
             for name, layer in model.named_modules()
-            if isinstance(layer, ConvertedLayer) and layer.approximate
+            if isinstance(getattr(layer, "post_attention_layernorm", None), BHyTApprox)
         }
 
     def watch(self, weights: Weights) -> Iterator[Tuple[str, Tensor]]:
-        """Pass the weights on, each (name, tensor) as it is, and keep what the offsets need of them."""
-        for name, tensor in weights:
-            found = re.search(r"\blayers\.(\d+)\.(.+)$", name)
-            if found and int(found[1]) in self._layers:
-                self._layers[int(found[1])].see(found[2], tensor)
-            yield name, tensor
+        """The weights, then the offsets that are not among them.
+
+        Raises:
+            ValueError: neither an offset is there, nor all of what it is computed from. Calls of the model raise then.
+        """
+        try:
+            for name, tensor in weights:
+                found = re.search(r"\blayers\.(\d+)\.(.+)$", name)
+                layer = self._layers.get(int(found[1])) if found else None
+                if not found or not layer or layer.see(found[2], tensor, prefix=name[: found.start(2)]):
+                    yield name, tensor
+            for number, layer in self._layers.items():
+                yield from layer.missing(number)
+        except BaseException:  # some weights are new ones, others are not
+            for layer in self._layers.values():
+                layer.site._unset_offset()
+            raise
 
     def finish(self, loaded: Set[str], prefix: str) -> None:
-        """See to it that every layer has the offset of its weights, and every site its lam.
+        """See to it that every site has its lam, and knows that it has its offset.
 
         Args:
             loaded: the names of what has been put into the model, each behind prefix.
 
         Raises:
-            ValueError: a frozen lam is missing; or an offset, with W_V and W_O not there as floating-point matrices.
+            ValueError: a frozen lam is missing.
         """
-        for number, layer in self._layers.items():
-            layer.settle(number)
+        for layer in self._layers.values():
+            layer.site.offset_is_set = False
+            layer.site.has_variance_offset()  # looks at the buffer, which cannot be done while a graph is captured
         for name, site in self._model.named_modules():
             if isinstance(site, (BHyT, BHyTApprox)) and "lam" in site._buffers:  # engines miss parameters, not buffers
                 if f"{prefix}{name}.lam" in loaded:
@@ -101,38 +137,43 @@ class Loading:
 class _Layer:
     """What of a layer's weights has passed by."""
 
-    def __init__(self, layer: Any) -> None:
-        self._layer, self._dtype = layer, layer.input_layernorm.lam.dtype
-        self._matrices: Dict[str, Tensor] = {}
-        self._gain: Optional[Tensor] = None
+    def __init__(self, layer: Any, config: Any) -> None:
+        self._layer, self._seq_len, self.site = layer, config.seq_len, layer.post_attention_layernorm
+        self._had_offset, self._dtype = self.site.offset_is_set, layer.input_layernorm.lam.dtype
+        self._sources = {_V, _O, _LAM}
+        if config.use_gamma_var and layer.input_layernorm.weight is not None:
+            self._sources.add(_GAIN)
         self._seen: Set[str] = set()
-        self._sources = {_V, _O, "input_layernorm.lam"}
-        if layer.config.use_gamma_var:
-            self._sources.add("input_layernorm.weight")
+        self._found: Dict[str, Tensor] = {}
+        self._prefix = ""
 
-    def see(self, name: str, tensor: Tensor) -> None:
+    def see(self, name: str, tensor: Tensor, prefix: str) -> bool:
+        """Whether it is to be loaded."""
         if name == _OFFSET and tensor.isnan().any():  # saved before it was set
-            return
+            return False
         self._seen.add(name)
-        if name in (_V, _O) and _OFFSET not in self._seen and tensor.dtype in _FLOATS:
-            self._matrices[name] = tensor.to(self._dtype)
-        if len(self._matrices) == 2:
-            v, o = (self._matrices.pop(name) for name in (_V, _O))
-            self._gain = attention_gain(
-                v, o, self._layer.config.seq_len, o.shape[1] // v.shape[0], head_dim=self._layer.self_attn.head_dim
-            )
+        if name in self._sources and _OFFSET not in self._seen and tensor.dtype in _FLOATS:
+            self._prefix = prefix
+            self._found[name] = tensor.to(self._dtype, copy=True)  # some loaders use a tensor's memory again
+            if name in (_V, _O) and self._found.keys() >= {_V, _O}:  # only c is kept of them
+                self._found[_V] = self._found[_O] = self._c(self._found[_V], self._found[_O])
+        return True
 
-    def settle(self, number: int) -> None:
-        site, first = self._layer.post_attention_layernorm, self._layer.input_layernorm
-        if _OFFSET not in self._seen and self._gain is not None:
-            gain = self._gain.to(first.lam.device)
-            if self._layer.config.use_gamma_var and first.weight is not None:
-                gain = gain * first.weight.to(gain).square().mean()
-            site.set_variance_offset(offset_of(gain, first))
-        elif _OFFSET not in self._seen and (not site.offset_is_set or self._seen & self._sources):
+    def _c(self, v: Tensor, o: Tensor) -> Tensor:
+        groups, head_dim = o.shape[1] // v.shape[0], self._layer.self_attn.head_dim
+        return attention_gain(v, o, self._seq_len, groups, head_dim=head_dim)
+
+    def missing(self, number: int) -> Iterator[Tuple[str, Tensor]]:
+        """The offset, if it has not passed by and is not in force any more."""
+        if _OFFSET in self._seen or self._had_offset and not self._seen & self._sources:
+            return
+        if self._found.keys() != self._sources:
             raise ValueError(
                 f"weights: layers.{number}.{_OFFSET} is not among them, nor are v_proj and o_proj as floating-point"
-                " matrices, of which it is computed; load what save_pretrained saves, all of it"
+                " matrices with lam, of which it is computed; load what save_pretrained saves, all of a layer at once"
             )
-        site.offset_is_set = False
-        site.has_variance_offset()  # looks at the buffer, which cannot be done while a graph is captured
+        c, lam = self._found[_V], self._found[_LAM]
+        if _GAIN in self._found:
+            c = c * self._found[_GAIN].to(c).square().mean()
+        offset = c * (lam.to(c).reshape(()) / self._layer.input_layernorm.kappa).square()
+        yield self._prefix + _OFFSET, offset.reshape(1)

@@ -23,8 +23,9 @@
 #else
 #define BHYT_KERNEL(max_threads) __global__ void __launch_bounds__(max_threads)
 #endif
-// A thread takes at most `registers`, where that needs no spill: fewer than launch bounds alone would leave it.
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900 && __CUDA_ARCH__ < 1200
+// A thread takes at most `registers`, where that needs no spill: fewer than launch bounds alone would leave it. CUDA
+// before 12.4 cannot say so.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900 && __CUDA_ARCH__ < 1200 && defined(__maxnreg__)
 #define BHYT_KERNEL_WITHIN(max_threads, registers) __global__ void __maxnreg__(registers)
 #else
 #define BHYT_KERNEL_WITHIN(max_threads, registers) BHYT_KERNEL(max_threads)

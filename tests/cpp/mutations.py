@@ -2,7 +2,8 @@
 
     python tests/cpp/mutations.py [cpu | cuda]      every mutant, or those of one device; exit status 1 if one survives
 
-Each mutant is a copy of the sources with one replacement. CUDA: the programs in this folder are built against it and run.
+Each mutant is a copy of the sources with one replacement. CUDA: the programs in this folder are built against it and
+run.
 CPU: the translation units of one instruction set are compiled anew, linked with the objects of an ordinary build (kept
 in build/mutations) and put under the op-level tests, then with fuzz_rows.cpp, which alone reaches instruction sets
 that this CPU surpasses; the kernels as they are go first and must pass. Those of an instruction set that this CPU lacks
@@ -47,11 +48,12 @@ def passes(command: list[str], **options) -> bool:
 
 
 def cuda_passes(mutant: Mutant, folder: Path) -> bool:
-    """Whether every program of the mutant builds against folder/csrc and ends well."""
-    include = [f"-I{ROOT / 'tests' / 'cpp'}", f"-I{folder / 'csrc' / 'cuda'}"]
+    """Whether every program of the mutant builds in `folder`, against its csrc, and ends well."""
+    programs = folder / "tests" / "cpp"  # beside the csrc that they include, some of it by a path from here
+    include = [f"-I{programs}", f"-I{folder / 'csrc' / 'cuda'}"]
     options = ["-std=c++20", "-O1", "-ffp-contract=off", "-w", "-DBHYT_SIMT", *include]
     for program in mutant.targets:
-        source, built = ROOT / "tests" / "cpp" / f"test_cuda_{program}.cpp", folder / program
+        source, built = programs / f"test_cuda_{program}.cpp", folder / program
         if not passes(["g++", *options, str(source), "-o", str(built)]) or not passes([str(built)], timeout=300):
             return False
     return True
@@ -142,12 +144,20 @@ def cpu_survivors(mutants: tuple[Mutant, ...]) -> int:
 
 def cuda_survivors(mutants: tuple[Mutant, ...]) -> int:
     survivors = 0
-    for mutant in mutants:
+    programs = tuple(dict.fromkeys(program for mutant in mutants for program in mutant.targets))
+    as_they_are = Mutant("ladder.h", "", "", programs)
+    for mutant in (as_they_are, *mutants):
         with tempfile.TemporaryDirectory() as name:
             folder, started = Path(name), time.monotonic()
-            shutil.copytree(ROOT / "csrc", folder / "csrc")
+            for part in ("csrc", "tests/cpp"):
+                shutil.copytree(ROOT / part, folder / part)
             mutate(folder / "csrc", mutant, "cuda")
             noticed = "" if cuda_passes(mutant, folder) else "its program"
+        if mutant is as_they_are:
+            if noticed:
+                raise SystemExit("the kernels as they are fail")
+            print("passed   the kernels as they are", *mutant.targets, flush=True)
+            continue
         survivors += not noticed
         report(mutant, noticed, time.monotonic() - started)
     return survivors

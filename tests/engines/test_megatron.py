@@ -72,7 +72,7 @@ def built(settings: Any) -> Any:
 
 
 def step(folder: Path, rank: int, processes: int, options: Dict[str, Any]) -> None:
-    """Loss, offsets and gradients of one step, whole, from the weights in folder; whoever runs alone writes them first."""
+    """Loss, offsets and gradients of one step, whole, from the weights in folder; who comes first writes them."""
     from megatron.core import parallel_state
     from megatron_layer import refresh
 
@@ -83,8 +83,10 @@ def step(folder: Path, rank: int, processes: int, options: Dict[str, Any]) -> No
         torch.manual_seed(1)
         with torch.no_grad():
             for name, parameter in model.named_parameters():
-                site = name.endswith("lam") or parameter.dim() == 1
-                parameter.copy_(parameter * (1 + 0.3 * torch.rand_like(parameter)) if site else 0.3 * torch.randn_like(parameter))
+                if parameter.dim() == 1:
+                    parameter.mul_(1 + 0.3 * torch.rand_like(parameter))
+                else:
+                    parameter.normal_(std=0.3)
         torch.save(dict(model.named_parameters()), weights)
     parameters = dict(model.named_parameters())
     with torch.no_grad():
@@ -162,7 +164,7 @@ def refusals(folder: Path, rank: int, processes: int) -> None:
     from megatron_layer import bhyt_layer_spec
 
     for options, message in (
-        ({"recompute_granularity": "selective", "recompute_modules": ["layernorm"]}, "config: recompute_modules: layernorm: not"),
+        ({"recompute_granularity": "selective", "recompute_modules": ["layernorm"]}, "config: recompute_modules"),
         ({"hidden_dropout": 0.1}, "config: hidden_dropout: not"),
         ({"apply_residual_connection_post_layernorm": True}, "config: apply_residual_connection_post_layernorm: not"),
         ({"layernorm_zero_centered_gamma": True}, "config: layernorm_zero_centered_gamma: not"),

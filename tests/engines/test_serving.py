@@ -1,6 +1,6 @@
-"""Serving, as far as it needs no engine: models built as engines build them, weights that pass by, the plugin's registration.
+"""Serving, as far as it needs no engine: models built as engines build them, and the plugin's entry point.
 
-test_vllm.py runs the engine itself.
+engines/test_weights.py has the weights that pass by; engines/test_vllm.py runs the engine itself.
 """
 
 import contextlib
@@ -58,7 +58,7 @@ def fill(empty: nn.Module, weights: Dict[str, Tensor]) -> None:
 
 @pytest.mark.parametrize("options", ({}, {"learnable_lam": False, "last_layer_lam": 1.5}), ids=str)
 def test_nothing_vanishes_into_meta(options: dict) -> None:
-    """F19: buffers of sites are in memory where those of other modules are, and what is copied into them is in force."""
+    """F19: buffers of sites are in memory where those of other modules are; what is copied into them is in force."""
     model = converted(**options)
     empty = built_empty(model)
     buffers = dict(empty.named_buffers())
@@ -87,7 +87,7 @@ class Merged(nn.Module):
     def __init__(self, attention: Any) -> None:
         super().__init__()
         self.o_proj, self.head_dim = attention.o_proj, attention.head_dim
-        self.qkv_proj = nn.Linear(64, sum(len(p.weight) for p in (attention.q_proj, attention.k_proj, attention.v_proj)))
+        self.qkv_proj = nn.Linear(64, 128)
         self.inner = [attention]  # out of sight
 
     def forward(self, **kwargs: Any) -> Any:
@@ -102,8 +102,8 @@ def merge(model: nn.Module) -> nn.Module:
 
 @pytest.mark.parametrize("compiled", (False, True))
 def test_merged_attention(compiled: bool) -> None:
-    """F19: where q, k and v are merged, the offset that was loaded is in force, compiled too; asked for another one, the
-    model says why there is none; without one it does not run."""
+    """F19: where q, k and v are merged, the offset that was loaded is in force, compiled too; asked for another one,
+    the model says why there is none; without one it does not run."""
     model = converted()
     with torch.no_grad():
         expected = model(ids()).logits
@@ -142,104 +142,6 @@ def test_refused_without_plugin() -> None:
         hf.BHyTLlamaForCausalLM(config)
 
 
-# Weights that pass by
-
-
-def loading(model: nn.Module) -> Tuple[nn.Module, Any]:
-    from bhyt.vllm.weights import Loading, keep_loaded
-
-    engine = built_empty(model)
-    keep_loaded(engine)
-    return engine, Loading(engine)
-
-
-def passed(model: nn.Module, weights: Dict[str, Tensor]) -> nn.Module:
-    engine, watching = loading(model)
-    fill(engine, dict(watching.watch(weights.items())))
-    watching.finish(set(weights), prefix="")
-    return engine
-
-
-def offsets(model: nn.Module) -> List[Tensor]:
-    return [layer.post_attention_layernorm.variance_offset for layer in model.model.layers]
-
-
-def reordered(weights: Dict[str, Tensor]) -> Dict[str, Tensor]:
-    return {name: weights[name] for name in sorted(weights, reverse=True)}
-
-
-@pytest.mark.parametrize("options", ({}, {"use_gamma_var": True, "seq_len": 3}), ids=str)
-@pytest.mark.parametrize("offset", ("given", "missing", "NaN"))
-def test_offsets_of_passing_weights(offset: str, options: dict) -> None:
-    """Offsets that come with the weights are kept, those that do not are computed, in any order of the weights."""
-    model = converted(**options)
-    expected = [o.clone() for o in offsets(model)]
-    weights = dict(model.state_dict())
-    for name in [name for name in weights if name.endswith("variance_offset")]:
-        if offset == "missing":
-            del weights[name]
-        else:
-            weights[name] = weights[name] * (float("nan") if offset == "NaN" else 2)
-    for order in (dict, reordered):
-        engine = passed(model, order(weights))
-        factor = 2 if offset == "given" else 1
-        torch.testing.assert_close(offsets(engine), [o * factor for o in expected], rtol=1e-6, atol=0)
-        assert all(layer.post_attention_layernorm.offset_is_set for layer in engine.model.layers)
-
-
-@pytest.mark.parametrize("fault", ("quantised", "absent", "frozen lam"))
-def test_offsets_that_cannot_be_had(fault: str) -> None:
-    """No offset and no W_V and W_O to compute it from, or no lam in a buffer: an error that names it."""
-    model = converted(learnable_lam=False)
-    weights = {name: tensor for name, tensor in model.state_dict().items() if not name.endswith("variance_offset")}
-    dropped = "model.layers.1.self_attn.v_proj.weight"
-    if fault == "quantised":
-        weights[dropped] = weights[dropped].to(torch.int8)
-    elif fault == "absent":
-        del weights[dropped]
-    else:
-        del weights["model.layers.1.input_layernorm.lam"]
-    with pytest.raises(ValueError, match="layers.1.input_layernorm.lam" if "lam" in fault else "layers.1.*variance_offset"):
-        passed(model, weights)
-
-
-def test_weights_of_a_running_model() -> None:
-    """New weights of all layers bring new offsets; one of a layer's sources alone is refused, anything else is not."""
-    from bhyt.vllm.weights import Loading
-
-    model = converted()
-    engine = passed(model, model.state_dict())
-    other = {n: t * 1.5 for n, t in model.state_dict().items() if not n.endswith("variance_offset")}
-    for weights in (other, {n: t for n, t in other.items() if ".mlp." in n}):
-        watching = Loading(engine)
-        fill(engine, dict(watching.watch(weights.items())))
-        watching.finish(set(weights), prefix="")
-        # c of both matrices, each squared, and lam squared
-        torch.testing.assert_close(offsets(engine), [o * 1.5**6 for o in offsets(model)], rtol=1e-5, atol=0)
-    for part in ("self_attn.v_proj.weight", "self_attn.o_proj.weight", "input_layernorm.lam"):
-        watching = Loading(engine)
-        name = f"model.layers.1.{part}"
-        fill(engine, dict(watching.watch([(name, other[name])])))
-        with pytest.raises(ValueError, match="layers.1.*variance_offset"):
-            watching.finish({name}, prefix="")
-    with pytest.raises(RuntimeError, match="served"):
-        hf.refresh(engine)
-
-
-def test_what_is_refused() -> None:
-    """LoRA on approximate sites, 8-bit folders; not LoRA where there are no offsets."""
-    from bhyt.vllm.weights import check_config
-
-    make = lambda **options: hf.BHyTLlamaConfig(**SIZES, seq_len=32, **options)  # noqa: E731
-    with pytest.raises(ValueError, match="enable_lora"):
-        check_config(make(), lora=True)
-    with pytest.raises(ValueError, match="8-bit"):
-        check_config(make(bhyt_quantization={"dtype": "int8"}), lora=False)
-    for options in ({"norm_type": "bhytstar"}, {"var_approx_exact_layers": 3}):
-        check_config(make(**options), lora=True)
-    check_config(make(), lora=False)
-
-
 # The plugin
 
 
@@ -255,6 +157,13 @@ def test_entry_point() -> None:
         assert made.config_class.model_type == f"bhyt_{base}"
         mixture = "num_experts_per_tok" in vars(made.config_class())
         assert (base in vllm.MIXTURES) == mixture
+
+
+def test_nothing_imports_vllm() -> None:
+    """bhyt, its plugin's module and the models work where an import of vLLM fails."""
+    code = "import sys; sys.modules['vllm'] = None; import bhyt, bhyt.vllm, bhyt.hf, bhyt.vllm.weights"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
 
 
 STAND_IN = """
@@ -284,7 +193,7 @@ print("SECONDS", time.process_time() - start)
 assert "bhyt.hf" not in sys.modules
 config = AutoConfig.from_pretrained(sys.argv[1])
 assert type(config).__module__ == "bhyt.hf.families.llama" and config.seq_len == 32
-assert registered[config.architectures[0]] == "bhyt.vllm.model:ForCausalLM"
+assert registered[config.architectures[0]] == "bhyt.vllm.native:LlamaForCausalLM"
 assert table[config.model_type](config).derive_max_model_len_and_key() == (128, "max_position_embeddings")
 assert config.seq_len == 32
 bhyt.vllm.register()
@@ -293,12 +202,13 @@ assert AutoConfig.for_model("bhyt_llama").__class__ is type(config)
 
 
 def test_registration(tmp_path: Path) -> None:
-    """With a stand-in for vLLM: register imports neither vLLM nor bhyt.hf, takes less than 0.1 s, more calls change nothing; a
-    folder's config is found without trust_remote_code, and T does not bound the context."""
+    """With a stand-in for vLLM: register imports neither vLLM nor bhyt.hf, takes less than 0.1 s, more calls change
+    nothing; a folder's config is found without trust_remote_code, and T does not bound the context."""
     converted().save_pretrained(tmp_path)
     seconds = []
     for _ in range(3):
-        run = subprocess.run([sys.executable, "-c", STAND_IN, str(tmp_path)], capture_output=True, text=True, cwd=tmp_path)
+        command = [sys.executable, "-c", STAND_IN, str(tmp_path)]
+        run = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
         assert run.returncode == 0, run.stderr
         seconds.append(float(run.stdout.split("SECONDS")[1].split()[0]))
         if seconds[-1] < 0.1:

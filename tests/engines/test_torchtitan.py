@@ -1,7 +1,7 @@
 """bhyt.torchtitan in torchtitan's own Trainer, on processes of a CPU: what it computes, saves and loads.
 
-Float64; a run of several processes has the loss and all gradients of one process. On torch before 2.14, whose FSDP2 does not
-know spmd_types, torchtitan's `partial_dtensor` is tried.
+Float64; a run of several processes has the loss and all gradients of one process. On torch before 2.14, whose FSDP2
+does not know spmd_types, torchtitan's `partial_dtensor` is tried.
 """
 
 import shutil
@@ -83,12 +83,13 @@ def test_first_step(name: str, launch: titan.Launcher, folder: Path) -> None:
 def test_resume(arguments: titan.Arguments, launch: titan.Launcher, folder: Path, tmp_path: Path) -> None:
     """Ten steps, and ten that were stopped after five and gone on with from torchtitan's checkpoint: the same bits of
     weights, offsets and optimizer state. Offsets are refreshed after steps 3, 6 and 9 of both."""
-    common = {**arguments, "training.steps": 10, "training.local_batch_size": 2, "checkpoint.interval": 5}
-    common["training.local_batch_size"] = 4 if arguments else 2
+    size = titan.SEQUENCES if arguments else titan.SEQUENCES // 2
+    common = {**arguments, "training.steps": 10, "training.local_batch_size": size, "checkpoint.interval": 5}
     for run in ("whole", "resumed"):
         if run == "resumed":
             shutil.copytree(tmp_path / "whole/checkpoint/step-5", tmp_path / "resumed/checkpoint/step-5")
-        launch(2, titan.train, folder, tmp_path / f"{run}.results", {**common, "dump_folder": str(tmp_path / run)}, {"every": 3})
+        given = {**common, "dump_folder": str(tmp_path / run)}
+        launch(2, titan.train, folder, tmp_path / f"{run}.results", given, {"every": 3})
     for whole, resumed in zip(titan.read(tmp_path / "whole.results", 2), titan.read(tmp_path / "resumed.results", 2)):
         assert whole.keys() == resumed.keys() and any(name.startswith("state.layers.0.ffn_norm.lam") for name in whole)
         for name, value in whole.items():

@@ -11,15 +11,16 @@ from typing import Any, Callable, Dict, Iterator, List, Tuple
 import torch
 import torch._dynamo.utils
 import torch.multiprocessing
+from titan_models import FAMILIES, VOCABULARY
 from torch import Tensor
 
-VOCABULARY, LENGTH, SEQUENCES = 64, 16, 4
+LENGTH, SEQUENCES = 16, 4
 BACKEND = "spmd_types" if hasattr(torch.distributed, "set_timeout") else "partial_dtensor"  # torch 2.14, or older
 Arguments = Dict[str, Any]
 
 
 class Launcher:
-    """A process that has imported torchtitan, as patched for CPUs, and forks those that train: the import takes seconds."""
+    """A process that has imported torchtitan, as patched for CPUs, and forks those that train."""
 
     def __init__(self) -> None:
         context = multiprocessing.get_context("spawn")
@@ -29,7 +30,7 @@ class Launcher:
         theirs.close()
 
     def __call__(self, processes: int, job: Callable[..., None], *arguments: Any) -> None:
-        """job(*arguments) in each of so many processes, in the environment of torchrun; what it raises fails the test."""
+        """job(*arguments) in each of so many processes, in torchrun's environment; what it raises fails the test."""
         self._pipe.send((processes, job, arguments))
         error = self._pipe.recv()
         if error:
@@ -72,7 +73,8 @@ def _rank(rank: int, processes: int, port: int, job: Callable[..., None], argume
 
 
 def small(folder: Path, arguments: Arguments, **options: Any) -> Any:
-    """A converted config of three small Llama blocks with grouped queries, in float64; arguments: "parallelism.x": value.
+    """A converted config of three small blocks with grouped queries, in float64; arguments: "parallelism.x": value, and
+    "family": that of `FAMILIES`.
 
     All runs in a folder begin with the same weights, those of `seed`.
     """
@@ -86,14 +88,16 @@ def small(folder: Path, arguments: Arguments, **options: Any) -> Any:
 
     if arguments.get("training.dtype", "float64") == "float64":
         torchtitan_on_cpu.in_float64()
+    family = FAMILIES[arguments.get("family", "llama3")]
     config = config_registry.llama3_debugmodel()
-    config.model_spec = dataclasses.replace(config.model_spec, model=_small_model())
+    config.model_spec = dataclasses.replace(family.spec(), model=family.model())
     config.loss = CrossEntropyLoss.Config(global_vocab_size=VOCABULARY)
     config.dataloader = _batches().Config()
     config.parallelism = ParallelismConfig()
     config.activation_checkpoint = None
     settings = {
-        "training.seq_len": LENGTH, "training.local_batch_size": SEQUENCES, "training.steps": 1, "training.max_norm": 1e9,
+        "training.seq_len": LENGTH, "training.local_batch_size": SEQUENCES, "training.steps": 1,
+        "training.max_norm": 1e9,
         "training.dtype": "float64", "training.mixed_precision_param": arguments.get("training.dtype", "float64"),
         "training.mixed_precision_reduce": arguments.get("training.dtype", "float64"),
         "training.disable_cuda_graphs": True, "parallelism.spmd_backend": BACKEND,
@@ -103,6 +107,8 @@ def small(folder: Path, arguments: Arguments, **options: Any) -> Any:
     }  # fmt: skip
     policies = {"full": FullAC.Config, "selective": SelectiveAC.Config}
     for name, value in {**settings, **arguments}.items():
+        if name == "family":
+            continue
         value = policies[value]() if name == "activation_checkpoint" else value
         *path, last = name.split(".")
         part = config
@@ -111,24 +117,6 @@ def small(folder: Path, arguments: Arguments, **options: Any) -> Any:
         assert hasattr(part, last), name
         setattr(part, last, value)
     return bhyt.torchtitan.convert(config, **options)
-
-
-def _small_model() -> Any:
-    from torchtitan.models.common import ComplexRoPE, Embedding, Linear, RMSNorm
-    from torchtitan.models.llama3 import _EMBEDDING_INIT, _NORM_INIT, Llama3Model, _build_llama3_layers, _output_linear_init
-
-    dim, heads = 32, 4
-    return Llama3Model.Config(
-        dim=dim,
-        vocab_size=VOCABULARY,
-        tok_embeddings=Embedding.Config(num_embeddings=VOCABULARY, embedding_dim=dim, param_init=_EMBEDDING_INIT),
-        norm=RMSNorm.Config(normalized_shape=dim, param_init=_NORM_INIT),
-        lm_head=Linear.Config(in_features=dim, out_features=VOCABULARY, param_init=_output_linear_init(dim)),
-        layers=_build_llama3_layers(
-            n_layers=3, dim=dim, n_heads=heads, n_kv_heads=2, hidden_dim=48, attn_backend="flex",
-            rope=ComplexRoPE.Config(dim=dim // heads, max_seq_len=128, theta=10000),
-        ),
-    )  # fmt: skip
 
 
 def _batches() -> Any:
@@ -247,14 +235,3 @@ def write(seen: Dict[str, Tensor], results: Path) -> None:
 
 def read(results: Path, processes: int) -> List[Dict[str, Tensor]]:
     return [torch.load(results / f"{rank}.pt") for rank in range(processes)]
-
-
-def hf_base() -> Any:
-    """The transformers config of `_small_model`."""
-    from transformers import LlamaConfig
-
-    return LlamaConfig(
-        hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2,
-        vocab_size=VOCABULARY, max_position_embeddings=128, rms_norm_eps=1e-5, tie_word_embeddings=False,
-        rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
-    )  # fmt: skip

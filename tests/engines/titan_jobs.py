@@ -8,17 +8,18 @@ from typing import Any
 import pytest
 import titan
 import torch
+from titan_models import FAMILIES
 from torch import Tensor
 
 FLOAT32 = {"training.dtype": "float32"}
 
 
-def save_config(folder: Path) -> None:
+def save_config(folder: Path, family: str) -> None:
     """Beside exported weights, what transformers needs to load them."""
     import bhyt.torchtitan
 
-    config = titan.small(folder, FLOAT32, exact_layers=1)
-    bhyt.torchtitan.hf_config(config, titan.hf_base()).save_pretrained(folder)
+    config = titan.small(folder, {**FLOAT32, "family": family}, exact_layers=1)
+    bhyt.torchtitan.hf_config(config, FAMILIES[family].hf_config()).save_pretrained(folder)
 
 
 def logits_of_export(folder: Path, results: Path) -> None:
@@ -28,10 +29,12 @@ def logits_of_export(folder: Path, results: Path) -> None:
     import bhyt.hf  # noqa: F401
 
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    assert type(model).__name__ == "BHyTLlamaForCausalLM" and model.config.var_approx_exact_layers == 1
+    assert model.config.model_type.startswith("bhyt_") and model.config.var_approx_exact_layers == 1
+    assert [type(model).__name__] == model.config.architectures
     seen = {"logits": model.eval()(titan.TOKENS).logits}
-    files = [safetensors.torch.load_file(file) for file in folder.glob("*.safetensors")]
-    seen.update((name, tensor) for tensors in files for name, tensor in tensors.items() if name.endswith(("lam", "offset")))
+    for file in folder.glob("*.safetensors"):
+        tensors = safetensors.torch.load_file(file)
+        seen.update((name, tensor) for name, tensor in tensors.items() if name.endswith(("lam", "offset")))
     torch.distributed.init_process_group("gloo")
     titan.write(seen, results)
 
@@ -43,7 +46,7 @@ def save_hf_model(folder: Path, results: Path) -> None:
     import bhyt.hf
 
     torch.manual_seed(3)
-    model = LlamaForCausalLM(titan.hf_base())
+    model = LlamaForCausalLM(FAMILIES["llama3"].hf_config())
     bhyt.hf.convert(model, seq_len=titan.LENGTH)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -105,8 +108,9 @@ def export_rounded_weights(folder: Path) -> None:
 
 
 def refresh_and_decay(folder: Path) -> None:
-    """Offsets are those of the weights before training and after every second step, and in between as they were; gains and
-    lam of sites are in groups without decay, everything else in those it was in; the hook that was there runs first."""
+    """Offsets are those of the weights before training and after every second step, and in between as they were; gains
+    and lam of sites are in groups without decay, everything else in those it was in; the hook that was there runs
+    first."""
     import bhyt.torchtitan
 
     config = titan.small(folder, {"training.steps": 5}, every=2)
@@ -159,7 +163,7 @@ def against_hf_offsets(folder: Path) -> None:
     trainer = titan.small(folder, FLOAT32).build()
     exported = trainer.checkpointer.sd_adapter.to_hf(trainer.model_parts[0].state_dict())
     exported = {name: titan.whole(tensor) for name, tensor in exported.items()}
-    model = transformers.LlamaForCausalLM(titan.hf_base())
+    model = transformers.LlamaForCausalLM(FAMILIES["llama3"].hf_config())
     bhyt.hf.convert(model, seq_len=titan.LENGTH)
     assert not model.load_state_dict(exported, strict=False).missing_keys
     loaded = [layer.post_attention_layernorm.variance_offset.clone() for layer in model.model.layers]
@@ -170,8 +174,8 @@ def against_hf_offsets(folder: Path) -> None:
 
 
 def config_functions() -> None:
-    """`--module bhyt.torchtitan` finds every config function of Llama 3 and Qwen3, and what it returns is converted; those
-    whose linears have adapters are refused."""
+    """`--module bhyt.torchtitan` finds every config function of Llama 3 and Qwen3, and what it returns is converted;
+    those whose linears have adapters are refused."""
     from torchtitan.components.quantization import float8, mx, nvfp4
     from torchtitan.config import ConfigManager
 
@@ -193,7 +197,8 @@ def config_functions() -> None:
         except ValueError as error:
             assert "lora" in name and "(adapters)" in str(error), name
             continue
-        assert not rest and all(issubclass(type(b)._owner, ConvertedBlock) for b in config.model_spec.model.layers), name
+        owners = [type(block)._owner for block in config.model_spec.model.layers]
+        assert not rest and owners and all(issubclass(owner, ConvertedBlock) for owner in owners), name
         converted += 1
     assert converted > 15
     with pytest.raises(ValueError, match="llama3_debugmodel"):  # the launcher lists what there is
@@ -246,7 +251,8 @@ def refusals(folder: Path) -> None:
         with pytest.raises(ValueError) as error:
             convert(config)
         assert str(error.value).startswith(message) and "\n" not in str(error.value), error.value
-    for name, value in (("kappa", 0), ("input_layer_lam", -1.0), ("post_layer_lam", True), ("every", 0), ("exact_layers", -1)):
+    numbers = {"kappa": 0, "input_layer_lam": -1.0, "post_layer_lam": True, "every": 0, "exact_layers": -1}
+    for name, value in numbers.items():
         with pytest.raises(ValueError, match=f"{name}: expected "):
             convert(plain, **{name: value})
     assert not any("BHyT" in type(layer).__qualname__ for layer in plain.model_spec.model.layers)

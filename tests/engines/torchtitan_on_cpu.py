@@ -1,8 +1,9 @@
 """torchtitan's own launcher and Trainer on CPUs with gloo: what they ask of CUDA is answered here.
 
-    torchrun --nproc-per-node 2 tests/engines/torchtitan_on_cpu.py --module bhyt.torchtitan --config llama3_debugmodel ..
+    torchrun --nproc-per-node 2 tests/engines/torchtitan_on_cpu.py --module bhyt.torchtitan --config ..
 
-takes the arguments of `torchtitan.train`. Importing this module patches torch and torchtitan: for processes of its own only.
+takes the arguments of `torchtitan.train`. Importing this module patches torch and torchtitan: for processes of its own
+only.
 """
 
 import contextlib

@@ -1,0 +1,89 @@
+"""Families that vLLM has a decoder of its own for: that decoder, with sites in the places of its norms.
+
+vLLM carries the residual stream from layer to layer, so that the site behind every add takes the add along.
+"""
+
+from typing import Any, Optional, Tuple
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModel
+from vllm.distributed import get_pp_group
+from vllm.model_executor.models.llama import LlamaForCausalLM as Llama
+from vllm.model_executor.models.mistral import MistralForCausalLM as Mistral
+from vllm.model_executor.models.qwen2 import Qwen2ForCausalLM as Qwen2
+from vllm.model_executor.models.qwen3 import Qwen3ForCausalLM as Qwen3
+from vllm.model_executor.models.transformers.utils import init_on_device_without_buffers
+
+from bhyt.modules import BHyT, BHyTApprox
+from bhyt.vllm.weights import LoadsOffsets, check_config
+
+
+class Layer(nn.Module):
+    """In front of a decoder layer's class. The variance stays inside a layer."""
+
+    input_layernorm: Any
+    self_attn: Any
+    post_attention_layernorm: Any
+    mlp: Any
+
+    def forward(
+        self, positions: Tensor, hidden_states: Tensor, residual: Optional[Tensor], t_cond: None = None
+    ) -> Tuple[Tensor, Tensor]:
+        """As vLLM's. t_cond: None, which is what Mistral's model passes on."""
+        if residual is None:
+            residual = hidden_states
+            y, variance = self.input_layernorm(hidden_states, return_variance=True)
+        else:
+            y, residual, variance = self.input_layernorm(hidden_states, residual, return_variance=True)
+        branch = self.self_attn(positions=positions, hidden_states=y)
+        if isinstance(self.post_attention_layernorm, BHyTApprox):
+            y, residual = self.post_attention_layernorm(branch, variance, residual=residual)
+        else:
+            y, residual = self.post_attention_layernorm(branch, residual)
+        return self.mlp(y), residual
+
+
+class Native(LoadsOffsets):
+    """In front of a class of vLLM's."""
+
+    def __init__(self, *, vllm_config: Any, prefix: str = "") -> None:
+        check_config(vllm_config)
+        super().__init__(vllm_config=vllm_config, prefix=prefix)  # type: ignore[call-arg]
+        model = self.model
+        sites = _model_of_sites(vllm_config)
+        for number in range(model.start_layer, model.end_layer):
+            layer, own = model.layers[number], sites.layers[number]
+            layer.input_layernorm, layer.post_attention_layernorm = own.input_layernorm, own.post_attention_layernorm
+            layer.__class__ = type(type(layer).__name__, (Layer, type(layer)), {})
+        if isinstance(sites.norm, BHyT) and get_pp_group().is_last_rank:
+            model.norm = sites.norm
+
+
+def _model_of_sites(vllm_config: Any) -> Any:
+    """The model of `bhyt.hf` without weights: memory for those of its sites alone."""
+    dtype, device = vllm_config.model_config.dtype, vllm_config.device_config.device
+    with init_on_device_without_buffers("meta"):
+        model = AutoModel.from_config(vllm_config.model_config.hf_config, dtype=dtype)
+    norms = [norm for layer in model.layers for norm in (layer.input_layernorm, layer.post_attention_layernorm)]
+    for norm in (*norms, model.norm):
+        for name, parameter in norm.named_parameters():
+            empty = torch.empty_like(parameter, dtype=dtype, device=device)
+            setattr(norm, name, nn.Parameter(empty, requires_grad=False))
+    return model
+
+
+class LlamaForCausalLM(Native, Llama):  # type: ignore[misc]
+    """vLLM's Llama with sites."""
+
+
+class MistralForCausalLM(Native, Mistral):  # type: ignore[misc]
+    """vLLM's Mistral with sites."""
+
+
+class Qwen2ForCausalLM(Native, Qwen2):  # type: ignore[misc]
+    """vLLM's Qwen2 with sites."""
+
+
+class Qwen3ForCausalLM(Native, Qwen3):  # type: ignore[misc]
+    """vLLM's Qwen3 with sites."""

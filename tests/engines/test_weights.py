@@ -1,0 +1,168 @@
+"""Weights that pass by on their way into an engine's model, and what the plugin refuses; no engine is needed."""
+
+from types import SimpleNamespace
+from typing import Any, Dict, Iterator, List, Tuple
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from support.checks import same_bits
+from support.hf_models import SIZES, converted, hf, ids
+from support.packages import needs
+from test_serving import built_empty, fill
+
+transformers = needs("transformers")
+
+
+def loading(model: nn.Module) -> Tuple[nn.Module, Any]:
+    from bhyt.vllm.weights import Loading, keep_loaded
+
+    engine = built_empty(model)
+    keep_loaded(engine)
+    return engine, Loading(engine)
+
+
+def passed(model: nn.Module, weights: Dict[str, Tensor]) -> nn.Module:
+    engine, watching = loading(model)
+    fill(engine, dict(watching.watch(weights.items())))
+    watching.finish(set(weights), prefix="")
+    return engine
+
+
+def offsets(model: nn.Module) -> List[Tensor]:
+    return [layer.post_attention_layernorm.variance_offset for layer in model.model.layers]
+
+
+def reordered(weights: Dict[str, Tensor]) -> Dict[str, Tensor]:
+    return {name: weights[name] for name in sorted(weights, reverse=True)}
+
+
+@pytest.mark.parametrize("options", ({}, {"use_gamma_var": True, "seq_len": 3}), ids=str)
+@pytest.mark.parametrize("offset", ("given", "missing", "NaN"))
+def test_offsets_of_passing_weights(offset: str, options: dict) -> None:
+    """Offsets that come with the weights are kept, those that do not are computed, in any order of the weights."""
+    model = converted(**options)
+    expected = [o.clone() for o in offsets(model)]
+    weights = dict(model.state_dict())
+    for name in [name for name in weights if name.endswith("variance_offset")]:
+        if offset == "missing":
+            del weights[name]
+        else:
+            weights[name] = weights[name] * (float("nan") if offset == "NaN" else 2)
+    for order in (dict, reordered):
+        engine = passed(model, order(weights))
+        factor = 2 if offset == "given" else 1
+        torch.testing.assert_close(offsets(engine), [o * factor for o in expected], rtol=1e-6, atol=0)
+        assert all(layer.post_attention_layernorm.offset_is_set for layer in engine.model.layers)
+
+
+@pytest.mark.parametrize("fault", ("quantised", "absent", "frozen lam"))
+def test_offsets_that_cannot_be_had(fault: str) -> None:
+    """No offset and not all of what it is computed from, or no lam in a buffer: an error that names it."""
+    model = converted(learnable_lam=False)
+    weights = dict(model.state_dict())
+    for name in list(weights) if fault != "frozen lam" else ():
+        if name.endswith("variance_offset"):
+            del weights[name]
+    dropped = "model.layers.1.self_attn.v_proj.weight"
+    if fault == "quantised":
+        weights[dropped] = weights[dropped].to(torch.int8)
+    elif fault == "absent":
+        del weights[dropped]
+    else:
+        del weights["model.layers.1.input_layernorm.lam"]
+    missed = "layers.1.input_layernorm.lam is not" if fault == "frozen lam" else "layers.1.*variance_offset is not"
+    with pytest.raises(ValueError, match=missed):
+        passed(model, weights)
+
+
+def send(engine: nn.Module, weights: Dict[str, Tensor]) -> None:
+    from bhyt.vllm.weights import Loading
+
+    watching = Loading(engine)
+    fill(engine, dict(watching.watch(weights.items())))
+    watching.finish(set(weights), prefix="")
+
+
+def test_weights_of_a_running_model() -> None:
+    """New weights of all layers bring new offsets, with and without offsets among them; what is none of an offset's
+    sources leaves it; any order of the weights will do."""
+    model = converted()
+    engine = passed(model, model.state_dict())
+    other = {name: tensor * 1.5 for name, tensor in model.state_dict().items()}
+    without = {name: tensor for name, tensor in other.items() if not name.endswith("variance_offset")}
+    rest = {name: tensor for name, tensor in without.items() if ".mlp." in name}
+    for weights, factor in ((without, 1.5**6), (rest, 1.5**6), (other, 1.5), (reordered(without), 1.5**6)):
+        send(engine, weights)
+        # c of both matrices, each squared, and lam squared
+        torch.testing.assert_close(offsets(engine), [o * factor for o in offsets(model)], rtol=1e-5, atol=0)
+    with pytest.raises(RuntimeError, match="served"):
+        hf.refresh(engine)
+
+
+@pytest.mark.parametrize("part", ("self_attn.v_proj.weight", "self_attn.o_proj.weight", "input_layernorm.lam"))
+def test_a_part_of_the_weights(part: str) -> None:
+    """RL's weights, sent one by one: one that an offset is computed of is refused, and the model does not run until it
+    has offsets again."""
+    model = converted()
+    engine = passed(model, model.state_dict()).eval()
+    expected = engine(ids()).logits
+    name = f"model.layers.1.{part}"
+    with pytest.raises(ValueError, match="layers.1.*variance_offset"):
+        send(engine, {name: model.state_dict()[name]})
+    with pytest.raises(RuntimeError, match="offset has not been set"):
+        engine(ids())
+    send(engine, model.state_dict())
+    assert same_bits(engine(ids()).logits, expected)
+
+
+def test_weights_that_end_early() -> None:
+    """Whoever loads fails half-way: the model does not run."""
+    from bhyt.vllm.weights import Loading
+
+    model = converted()
+    engine = passed(model, model.state_dict()).eval()
+    watched = Loading(engine).watch(model.state_dict().items())
+    next(watched)
+    del watched
+    with pytest.raises(RuntimeError, match="offset has not been set"):
+        engine(ids())
+
+
+def test_memory_used_again() -> None:
+    """A loader may put the next tensor where the last one was."""
+    model = converted()
+    memory: Dict[Any, Tensor] = {}
+
+    def stream() -> Iterator[Tuple[str, Tensor]]:
+        for name, tensor in model.state_dict().items():
+            if not name.endswith("variance_offset"):
+                yield name, memory.setdefault(tensor.shape, torch.empty_like(tensor)).copy_(tensor)
+
+    engine, watching = loading(model)
+    found = {name: tensor.clone() for name, tensor in watching.watch(stream())}
+    torch.testing.assert_close([t for n, t in found.items() if n.endswith("variance_offset")], offsets(model))
+
+
+@pytest.mark.parametrize("asked", ("enable_lora", "quantization", "load_format"))
+def test_what_is_refused(asked: str) -> None:
+    """What moves or makes up offsets is refused by name where a layer has one, and only there."""
+    from bhyt.vllm.weights import check_config
+
+    def make(asked: str = "", **options: Any) -> Any:
+        """As much of vLLM's config as is looked at."""
+        return SimpleNamespace(
+            model_config=SimpleNamespace(hf_config=hf.BHyTLlamaConfig(**SIZES, seq_len=32, **options)),
+            lora_config=object() if asked == "enable_lora" else None,
+            quant_config=object() if asked == "quantization" else None,
+            load_config=SimpleNamespace(load_format="dummy" if asked == "load_format" else "auto"),
+        )
+
+    with pytest.raises(ValueError, match=f"^{asked}: "):
+        check_config(make(asked))
+    check_config(make())
+    for options in ({"norm_type": "bhytstar"}, {"var_approx_exact_layers": 3}):
+        check_config(make(asked, **options))
+    with pytest.raises(ValueError, match="8-bit"):
+        check_config(make(bhyt_quantization={"dtype": "int8"}))
