@@ -103,7 +103,8 @@ def test_site(tmp_path: Path) -> None:
     needs("mkdocs", "docs")
     if not (ROOT / "research").exists():
         pytest.skip("an sdist has no research")
-    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(tmp_path)]
+    # Not --quiet: --strict then counts no warnings.
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "forward_approx" in (tmp_path / "api" / "functional.html").read_text()
