@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 
 import torch
-from setuptools import setup
+from setuptools import find_packages, setup
 from torch.utils import cpp_extension
 from torch.utils.cpp_extension import BuildExtension, CppExtension
 
@@ -127,7 +127,7 @@ class Build(BuildExtension):
 
 major, minor = torch.__version__.split(".")[:2]
 setup(
-    packages=["bhyt", "bhyt.hf", "bhyt.hf.families", "bhyt.quantization", "bhyt.vllm"],
+    packages=find_packages(str(ROOT), include=["bhyt", "bhyt.*"]),
     ext_modules=[extension()],
     cmdclass={"build_ext": Build.with_options(use_ninja=True)},
     options={"bdist_wheel": {"py_limited_api": "cp310"}},
