@@ -53,16 +53,19 @@ class ConvertedBlock:
         return isinstance(self.ffn_norm, SecondSite)
 
     def refresh(self) -> None:
-        """Compute the offset of W_V, W_O and lam as they are. Where they are sharded, every process must ask.
+        """Compute the offset of W_V, W_O, lam and, if gains start at kappa / lam, the first gain as they are. Where they are sharded, every process must ask.
 
         Raises:
             RuntimeError: a weight is one process's shard, or not there (meta).
         """
-        attention = self.attention
-        self.ffn_norm.put_offset(offset_of(attention_gain(
+        attention, first = self.attention, self.attention_norm
+        gain = attention_gain(
             _values(attention), whole(attention.wo.weight), attention.rope.config.max_seq_len,
             attention.n_heads // attention.n_kv_heads, head_dim=attention.head_dim,
-        ), self.attention_norm))  # fmt: skip
+        )  # fmt: skip
+        if first.gain_counts:
+            gain = gain * whole(first.weight).to(gain).square().mean()
+        self.ffn_norm.put_offset(offset_of(gain, first))
 
 
 def _values(attention: Any) -> Tensor:

@@ -62,6 +62,8 @@ class _Adapter:
             values, hf_state_dict[f"{layer}self_attn.o_proj.weight"], attention.rope.max_seq_len,
             attention.n_heads // kv_heads, head_dim=len(values) // kv_heads,
         )  # fmt: skip
+        if config.attention_norm.gain_counts:
+            gain = gain * whole(hf_state_dict[f"{layer}input_layernorm.weight"]).to(gain).square().mean()
         offset: Tensor = gain * (lam / config.attention_norm.kappa).square()
         return offset
 
@@ -91,7 +93,7 @@ def site_fields(model_config: Any) -> Dict[str, Any]:
         "var_approx_exact_layers": sum(not isinstance(layer.ffn_norm, SecondSite.Config) for layer in layers),
         "last_layer_lam": 0.0,
         "learnable_lam": True,
-        "use_gamma_var": False,
+        "use_gamma_var": first.attention_norm.gain_counts,
     }
 
 

@@ -25,6 +25,11 @@ class SiteConfig(Module.Config):
     eps: float
     gain: float
 
+    @property
+    def gain_counts(self) -> bool:
+        """Whether c has the mean square of the gain in it, as `use_gamma_var` says in a config of `bhyt.hf`."""
+        return self.gain != 1
+
     def build(self, **kwargs: Any) -> Any:
         """Construct the site, its rows and states sharded as the norm's."""
         site = Module.Config.build(self, **kwargs)
@@ -50,7 +55,7 @@ class _Site(Module):
 
     def __init__(self, config: Any) -> None:
         super().__init__(config.hidden_size, lam=config.lam, kappa=config.kappa, eps=config.eps)
-        self._initial_gain = config.gain
+        self._initial_gain, self.gain_counts = config.gain, config.gain_counts
 
     def reset_parameters(self) -> None:
         super().reset_parameters()

@@ -155,22 +155,25 @@ def refresh_and_decay(folder: Path) -> None:
 
 
 def against_hf_offsets(folder: Path) -> None:
-    """W_V out of the fused projection, and T: the offsets are those that bhyt.hf computes of the exported weights."""
+    """W_V out of the fused projection, T, and gains where they count: the offsets are those that bhyt.hf computes of the
+    exported weights."""
     import transformers
 
     import bhyt.hf
 
-    trainer = titan.small(folder, FLOAT32).build()
-    exported = trainer.checkpointer.sd_adapter.to_hf(trainer.model_parts[0].state_dict())
-    exported = {name: titan.whole(tensor) for name, tensor in exported.items()}
-    model = transformers.LlamaForCausalLM(FAMILIES["llama3"].hf_config())
-    bhyt.hf.convert(model, seq_len=titan.LENGTH)
-    assert not model.load_state_dict(exported, strict=False).missing_keys
-    loaded = [layer.post_attention_layernorm.variance_offset.clone() for layer in model.model.layers]
-    bhyt.hf.refresh(model)
-    for before, layer in zip(loaded, model.model.layers):
-        assert torch.allclose(before, layer.post_attention_layernorm.variance_offset, rtol=1e-6)
-    trainer.close()
+    for unit in (False, True):
+        trainer = titan.small(folder, FLOAT32 | {"checkpoint.initial_load_path": None}, unit_gains=unit).build()
+        exported = trainer.checkpointer.sd_adapter.to_hf(trainer.model_parts[0].state_dict())
+        exported = {name: titan.whole(tensor) for name, tensor in exported.items()}
+        model = transformers.LlamaForCausalLM(FAMILIES["llama3"].hf_config())
+        bhyt.hf.convert(model, seq_len=titan.LENGTH, unit_gains=unit)
+        assert not model.load_state_dict(exported, strict=False).missing_keys
+        loaded = [layer.post_attention_layernorm.variance_offset.clone() for layer in model.model.layers]
+        bhyt.hf.refresh(model)
+        for before, layer in zip(loaded, model.model.layers):
+            assert torch.allclose(before, layer.post_attention_layernorm.variance_offset, rtol=1e-6)
+        trainer.close()
+        torch.distributed.destroy_process_group()
 
 
 def config_functions() -> None:
