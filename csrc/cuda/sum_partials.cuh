@@ -12,30 +12,31 @@ namespace {
 // run. A block is small, 128 threads of 32 registers in fp32: it can wait beside one of the persistent kernel.
 constexpr int kStripe = 8, kSlices = 16, kAhead = 9, kSumThreads = kStripe * kSlices;
 
-// v if number j comes before `count`, else 0. By its bits: a select would have ptxas wait for some loads before others.
-BHYT_DEVICE float or_zero(float v, int j, int count) {
-  return hw::bits_to_float(hw::float_to_bits(v) & (j - count) >> 31);
-}
-BHYT_DEVICE double or_zero(double v, int j, int count) {
-  const int mask = (j - count) >> 31;
+// v where the mask is of ones, 0 where it is of zeros.
+BHYT_DEVICE float masked(float v, int mask) { return hw::bits_to_float(hw::float_to_bits(v) & mask); }
+BHYT_DEVICE double masked(double v, int mask) {
   return hw::bits_to_double(hw::low_bits(v) & mask, hw::high_bits(v) & mask);
 }
 
-// The sum of every `apart`-th number from number `first` on.
+// The sum of every `apart`-th number from number `first` on. Beyond the end the last one is loaded again, and not
+// added: ptxas would let loads under conditions wait for one another, and has too few predicates to select nine numbers
+// behind them. So each has a bit.
 template <int apart, class A>
 BHYT_DEVICE A sum_apart(const A* numbers, int first, int64_t step, int64_t count) {
   const A* from = numbers + first * step;
   A sum = 0;
 #pragma unroll 1
   for (int left = static_cast<int>((count - first + apart - 1) / apart); left > 0; left -= kAhead) {
-    A loaded[kAhead];  // loads under conditions would wait for one another: beyond the end the last one is read again
+    const uint32_t counted = (1u << (left < kAhead ? left : 31)) - 1;
+    A loaded[kAhead];
 #pragma unroll
     for (int j = 0; j < kAhead; ++j) {
       loaded[j] = *from;
       from += apart * step & (j + 1 - left) >> 31;
     }
 #pragma unroll
-    for (int j = 0; j < kAhead; ++j) sum = hw::add(sum, or_zero(loaded[j], j, left));
+    for (int j = 0; j < kAhead; ++j)
+      sum = hw::add(sum, masked(loaded[j], static_cast<int>(counted << (31 - j)) >> 31));
   }
   return sum;
 }
