@@ -1,4 +1,5 @@
-"""The blocks of docs/huggingface.md, README.md, docs/usage.md and docs/diagnostics.md, in order, in one folder each."""
+"""The blocks of docs/huggingface.md, README.md, docs/quickstart.md, docs/usage.md and docs/diagnostics.md, in order, in
+one folder each."""
 
 from pathlib import Path
 
@@ -32,9 +33,10 @@ def test_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_blocks_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The Python of README.md, docs/usage.md and docs/diagnostics.md, each page's blocks one after another."""
+    """The Python of README.md, docs/quickstart.md, docs/usage.md and docs/diagnostics.md, each page's blocks one after
+    another."""
     monkeypatch.chdir(tmp_path)
-    for page, number in (("README.md", 2), ("docs/usage.md", 2), ("docs/diagnostics.md", 1)):
+    for page, number in (("README.md", 2), ("docs/quickstart.md", 4), ("docs/usage.md", 2), ("docs/diagnostics.md", 1)):
         python = [code for language, _, code in blocks(page) if language == "python"]
         assert len(python) == number, page
         names: dict = {}
