@@ -9,111 +9,21 @@ A site is run by calling the module, so that hooks, wrappers and offloading see 
 arguments; the methods `forward_..` are the same calls with one return type each, for TorchScript and type checkers.
 """
 
-from typing import Any, Callable, Dict, Mapping, Optional, Sequence, Tuple, Union
+from typing import Any, Callable, Optional, Tuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from bhyt import functional as F
 from bhyt.gain import whole
 from bhyt.nested import on_values
 from bhyt.offset import VarianceOffset
+from bhyt.site import Site, check_rows
 
 _scripting: Callable[[], bool] = torch.jit.is_scripting  # type: ignore[attr-defined]
-_tracing: Callable[[], bool] = torch.jit.is_tracing  # type: ignore[attr-defined]
 
 
-class _Site(nn.Module):
-    """Parameters and options that exact and approximate sites share."""
-
-    weight: Optional[Tensor]
-    lam: Tensor
-
-    def __init__(
-        self,
-        hidden_size: Union[int, Sequence[int]],
-        *,
-        lam: float = 1.0,
-        kappa: float = 10.0,
-        eps: float = 1e-6,
-        learnable_lam: bool = True,
-        elementwise_affine: bool = True,
-        device: Union[torch.device, str, int, None] = None,
-        dtype: Optional[torch.dtype] = None,
-    ) -> None:
-        super().__init__()
-        self.hidden_size = _size(hidden_size)
-        if not _is_number(kappa) or not kappa > 0:
-            raise ValueError(f"kappa: expected a number > 0, got {kappa}")
-        if not _is_number(eps) or not eps >= 0:
-            raise ValueError(f"eps: expected a number >= 0, got {eps}")
-        self.kappa = float(kappa)
-        self.eps = float(eps)
-        self.initial_lam = float(lam)
-        self.learnable_lam = learnable_lam
-        self.elementwise_affine = elementwise_affine
-        if elementwise_affine:
-            self.weight = nn.Parameter(torch.empty(self.hidden_size, device=device, dtype=dtype))
-        else:
-            self.register_parameter("weight", None)
-        value = torch.empty(1, device=device, dtype=dtype)
-        if learnable_lam:
-            self.lam = nn.Parameter(value)
-        else:
-            self.register_buffer("lam", value)
-        self._register_offset(device)
-        _Site.reset_parameters(self)
-
-    def _register_offset(self, device: Union[torch.device, str, int, None]) -> None:
-        """Exact sites have none."""
-
-    def reset_parameters(self) -> None:
-        """weight to 1, lam to the value given at construction."""
-        if self.weight is not None:
-            nn.init.ones_(self.weight)
-        nn.init.constant_(self.lam, self.initial_lam)
-
-    def _weight_and_lam(self) -> Tuple[Optional[Tensor], Tensor]:
-        """self.weight and self.lam, in a quarter of the time that nn.Module takes to find two parameters."""
-        parameters = self._parameters
-        if "weight" in parameters and "lam" in parameters:
-            return parameters["weight"], parameters["lam"]  # type: ignore[return-value]
-        return self.weight, self.lam
-
-    def _load_from_state_dict(self, state_dict: Dict[str, Any], prefix: str, *args: Any) -> None:
-        for key in (prefix + "lam", prefix + "variance_offset"):
-            if key in state_dict and state_dict[key].dim() == 0:  # offsets before 0.2, the authors' frozen lam
-                state_dict[key] = state_dict[key].reshape(1)
-        super()._load_from_state_dict(state_dict, prefix, *args)
-
-    def extra_repr(self) -> str:
-        """Size, initial lam, kappa, eps and the options."""
-        return (
-            f"{self.hidden_size}, lam={self.initial_lam}, kappa={self.kappa}, eps={self.eps}, "
-            f"learnable_lam={self.learnable_lam}, elementwise_affine={self.elementwise_affine}"
-        )
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
-
-
-def _size(hidden_size: Any) -> int:
-    """d of an integer or, as torch.nn.RMSNorm takes it, of a shape of one dimension."""
-    sizes = tuple(hidden_size) if isinstance(hidden_size, (tuple, list)) else (hidden_size,)
-    if len(sizes) != 1 or not isinstance(sizes[0], int) or sizes[0] < 1:
-        raise ValueError(f"hidden_size: expected an integer >= 1, got {hidden_size!r}")
-    return sizes[0]
-
-
-def _check_rows(x: Tensor, hidden_size: int) -> None:
-    if not isinstance(x, Tensor):
-        raise TypeError(f"x: expected a tensor [..., {hidden_size}], got {type(x).__name__}")
-    if not _tracing() and (x.dim() == 0 or x.shape[-1] != hidden_size):  # a trace warns of every such look at a shape
-        raise ValueError(f"x: expected [..., {hidden_size}], got {list(x.shape)}")
-
-
-class BHyT(_Site):
+class BHyT(Site):
     """Exact site: y = weight * tanh(lam * x / (kappa * sqrt(mean(x^2) + eps))), bounded by |weight|.
 
     A drop-in for `torch.nn.RMSNorm(hidden_size)`; x and y are [..., hidden_size], jagged nested tensors included. The
@@ -174,7 +84,7 @@ class BHyT(_Site):
             return y
 
     def _run(self, x: Tensor, residual: Optional[Tensor], return_variance: bool) -> Any:
-        _check_rows(x, self.hidden_size)
+        check_rows(x, self.hidden_size)
         if x.is_nested:
             return on_values(self._run, x, {"residual": residual}, return_variance=return_variance)
         weight, lam = self._weight_and_lam()
@@ -247,7 +157,7 @@ def offset_of(gain: Tensor, first: BHyT) -> Tensor:
     return gain * (whole(first.lam).detach().to(gain).reshape(()) / first.kappa).square()
 
 
-class BHyTApprox(VarianceOffset, _Site):
+class BHyTApprox(VarianceOffset, Site):
     """Approximate site: y = weight * tanh(lam * x / (kappa * sqrt(variance + offset + eps))), no reduction.
 
     The second site of a block: `variance` is the exact site's, and the offset is what attention adds to it,
@@ -331,7 +241,7 @@ class BHyTApprox(VarianceOffset, _Site):
             return y
 
     def _run(self, x: Tensor, variance: Tensor, residual: Optional[Tensor]) -> Any:
-        _check_rows(x, self.hidden_size)
+        check_rows(x, self.hidden_size)
         if x.is_nested:
             return on_values(self._run, x, {"variance": variance, "residual": residual})
         weight, lam = self._weight_and_lam()

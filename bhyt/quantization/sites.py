@@ -6,7 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from bhyt import functional as F
-from bhyt.modules import BHyT, BHyTApprox, _check_rows
+from bhyt.modules import BHyT, BHyTApprox
+from bhyt.site import check_rows
 
 
 class QuantizedSite(nn.Module):
@@ -17,7 +18,7 @@ class QuantizedSite(nn.Module):
     scale: float
 
     def _check(self, x: Tensor) -> None:
-        _check_rows(x, self.hidden_size)
+        check_rows(x, self.hidden_size)
         if self.training:
             raise RuntimeError(
                 "BHyT: quantised for inference, it has no gradients; train the float model, or call eval()"
