@@ -43,8 +43,7 @@ std::string name_of(const Site& s) {
 Outputs write_into(DispatchKeySet keys, const Site& s) {
   TORCH_CHECK_NOT_IMPLEMENTED(!inside_functorch_transform(), "bhyt: ", name_of(s),
                               ": not under functorch transforms; call the op without outputs");
-  for (const Tensor* t : {&s.into->y, &s.into->sum, &s.into->variance})
-    if (t->defined()) torch::autograd::impl::bump_version(*t);
+  for (const Tensor* t : {&s.into->y, &s.into->sum, &s.into->variance}) count_write(*t);
   return call_op(s, keys & c10::after_autograd_keyset);
 }
 

@@ -24,6 +24,11 @@ inline bool inside_functorch_transform() {
   return c10::impl::tls_is_dispatch_key_included(c10::DispatchKey::FuncTorchDynamicLayerFrontMode);
 }
 
+// Graphs that have saved a tensor see by its version that it has been written.
+inline void count_write(const Tensor& t) {
+  if (t.defined()) torch::autograd::impl::bump_version(t);
+}
+
 // Gradient edges in this order; a tensor that was not given has an edge that leads nowhere.
 enum Edge : size_t { kX, kResidual, kVariance, kWeight, kLam, kEdges };
 using Wanted = std::array<bool, kEdges>;
