@@ -162,7 +162,7 @@ def test_commands_of_the_page() -> None:
 
     checked = {"pretrain.py": 0, "pretrain_hf.py": 0}
     for _, _, code in blocks("docs/pretraining.md"):
-        for line in code.splitlines():
+        for line in code.replace("\\\n", " ").splitlines():
             words = shlex.split(line, comments=True)
             program = next((Path(word).name for word in words if word.endswith(".py")), None)
             if program is None:
