@@ -53,7 +53,8 @@ class ConvertedBlock:
         return isinstance(self.ffn_norm, SecondSite)
 
     def refresh(self) -> None:
-        """Compute the offset of W_V, W_O, lam and, if gains start at kappa / lam, the first gain as they are. Where they are sharded, every process must ask.
+        """Compute the offset of W_V, W_O, lam and, if gains start at kappa / lam, the first gain as they are. Where
+        they are sharded, every process must ask.
 
         Raises:
             RuntimeError: a weight is one process's shard, or not there (meta).

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# The ways to install, each tried for real: USERS rows 1 to 3. Run in a throwaway environment that has torch (its bhyt is
-# replaced and removed), after an install from this folder, whose objects are reused: nothing is compiled anew.
+# The ways to install, each tried for real: USERS rows 1 to 3. Run in a throwaway environment that has torch (its bhyt
+# is replaced and removed), after an install from this folder, whose objects are reused: nothing is compiled anew.
 set -euo pipefail
 root="$(cd "$(dirname "$0")/../.." && pwd)"
 cd "$root"

@@ -87,6 +87,16 @@ def test_lines() -> None:
             assert len(line) <= 120 or line.startswith(("|", "    ")), f"{page.name}: {line}"
 
 
+def test_lines_of_code() -> None:
+    """Lines of code have at most 120 characters."""
+    kinds = {".py", ".cpp", ".h", ".cu", ".cuh", ".sh", ".toml"}
+    for folder in ("csrc", "bhyt", "examples", "benchmarks", "tests"):
+        for path in (ROOT / folder).rglob("*"):
+            if path.suffix in kinds:
+                long = [line for line in path.read_text().splitlines() if len(line) > 120]
+                assert not long, f"{path.relative_to(ROOT)}: {long[0]}"
+
+
 def test_measured_tables() -> None:
     """Every table of measurements is what its result file says, and says so when the code has changed since."""
     if not (ROOT / "benchmarks" / "results").exists():

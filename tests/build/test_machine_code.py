@@ -127,8 +127,8 @@ def test_row_loops_flush_nothing(files: list[Path]) -> None:
 
 
 def test_tuned_kernels_move_16_bytes_at_a_time(files: list[Path]) -> None:
-    """Rows are read and written by 16-byte instructions, without local memory, in the code for sm_90. A pack in eight bits
-    is 8 bytes, beside fp32 4."""
+    """Rows are read and written by 16-byte instructions, without local memory, in the code for sm_90. A pack in eight
+    bits is 8 bytes, beside fp32 4."""
     for code in tuned(files, "90") if "90" in architectures() else ():
         names = [instruction.name for instruction in code.instructions]
         assert not [name for name in names if name.startswith(("LDL", "STL"))], code.name

@@ -75,7 +75,8 @@ def test_a_copy_is_recognised(copy: Path, expected: torch.Tensor, tmp_path: Path
 
 
 def test_modules_after_a_copy(copy: Path, tmp_path: Path) -> None:
-    """A scripted model runs on a copy, then the package is imported: the model and modules go on, with the same bits."""
+    """A scripted model runs on a copy, then the package is imported: the model and modules go on, with the same
+    bits."""
     site, x = bhyt.BHyT(64, lam=2.0), torch.randn(5, 64)
     torch.jit.save(torch.jit.script(site), str(tmp_path / "site.pt"))
     torch.save((x, site.state_dict(), site(x).detach()), tmp_path / "expected.pt")
@@ -91,7 +92,8 @@ def test_modules_after_a_copy(copy: Path, tmp_path: Path) -> None:
 
 
 def test_another_build_of_the_package(copy: Path, tmp_path: Path) -> None:
-    """The ops of a build without the package's CUDA kernels, or for another version, are not taken for the package's."""
+    """The ops of a build without the package's CUDA kernels, or for another version, are not taken for the
+    package's."""
     shutil.copytree(PACKAGE, tmp_path / "bhyt", ignore=shutil.ignore_patterns("*.so", "__pycache__"))
     built_for = tmp_path / "bhyt" / "_built_for.py"
     facts = built_for.read_text()
@@ -125,7 +127,9 @@ def test_the_ops_of_another_version_are_refused(other: Dict[str, Path]) -> None:
         last = refusal(run("load(a[0])\nimport bhyt", other[name]))
         assert f"registered the ops of version {theirs}" in last and "Warning" not in last
         assert f"version {bhyt.__version__} for torch" in last and "bhyt.library_path()" in last
-        code = "load(a[0])\ntry: import bhyt\nexcept ImportError: assert torch.ops.bhyt.forward(torch.ones(3)).sum() == 3"
+        code = (
+            "load(a[0])\ntry: import bhyt\nexcept ImportError: assert torch.ops.bhyt.forward(torch.ones(3)).sum() == 3"
+        )
         assert run(code, other[name]).returncode == 0
 
 

@@ -27,8 +27,8 @@ def test_report_and_self_check(tmp_path: Path) -> None:
 
 
 def test_build_info() -> None:
-    """Built for the torch that runs, of this version; the package knows the same facts of it. The tier in use is one that
-    this CPU runs."""
+    """Built for the torch that runs, of this version; the package knows the same facts of it. The tier in use is one
+    that this CPU runs."""
     build = torch.ops.bhyt.build_info()
     assert build["version"] == bhyt.__version__ == _built_for.VERSION
     assert build["cuda_archs"] == _built_for.CUDA_ARCHS

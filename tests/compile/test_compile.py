@@ -63,8 +63,8 @@ def results(function: Callable, block: nn.Module, length: int, device: str) -> D
 
 
 class Graphs:
-    """A backend that counts the graphs that run. Dynamo compiles kappa and eps as symbolic floats first, finds that an op
-    takes them as they are, and starts over: what it compiled before never runs."""
+    """A backend that counts the graphs that run. Dynamo compiles kappa and eps as symbolic floats first, finds that an
+    op takes them as they are, and starts over: what it compiled before never runs."""
 
     def __init__(self) -> None:
         self.used: Set[int] = set()

@@ -1,5 +1,5 @@
-"""Models without the Python that made them: TorchScript in a fresh process, export. C++, AOTInductor packages and ONNX are in
-engines/test_deploy_page.py."""
+"""Models without the Python that made them: TorchScript in a fresh process, export. C++, AOTInductor packages and ONNX
+are in engines/test_deploy_page.py."""
 
 import io
 from pathlib import Path
@@ -14,8 +14,8 @@ from support.deployed import CONFIG, assert_same_results, decoder, fresh_process
 
 
 def test_torchscript_in_a_fresh_process(tmp_path: Path) -> None:
-    """Scripted, traced and frozen: saved here, the same bits where `bhyt` was never imported. Gradients of the script are
-    those of eager: autograd lives in the library. USERS row 23."""
+    """Scripted, traced and frozen: saved here, the same bits where `bhyt` was never imported. Gradients of the script
+    are those of eager: autograd lives in the library. USERS row 23."""
     ids = tokens()
     expected = one_step(decoder(), ids)
     scripts = {

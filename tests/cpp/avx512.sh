@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
-# The AVX-512 rows on a CPU without AVX-512: Bochs emulates a PC with one, on which Linux starts the programs that neon.sh
-# runs under qemu, whose emulation ends at AVX2. Needs g++ and Debian's bochs, bochs-term, isolinux, xorriso and cpio, and
-# LINUX, a kernel for PCs (of a linux-image package), and root for a device file. A second in there takes one to three minutes.
+# The AVX-512 rows on a CPU without AVX-512: Bochs emulates a PC with one, on which Linux starts the programs that
+# neon.sh runs under qemu, whose emulation ends at AVX2. Needs g++ and Debian's bochs, bochs-term, isolinux, xorriso and
+# cpio, and LINUX, a kernel for PCs (of a linux-image package), and root for a device file. A second in there takes one
+# to three minutes.
 #
 #   LINUX=vmlinuz tests/cpp/avx512.sh [SECONDS [STRIDE]]     2 s, as Linux counts them, and every 1,000,003rd float
 #
@@ -80,6 +81,7 @@ log: $out/log
 panic: action=fatal
 END
 echo c > "$out/commands"  # Debian's is built with the debugger: go on
-TERM=xterm timeout 1h script -qec "bochs -q -f $out/bochsrc -rc $out/commands" /dev/null > "$out/screen" < /dev/null || true
+TERM=xterm timeout 1h script -qec "bochs -q -f $out/bochsrc -rc $out/commands" /dev/null \
+  > "$out/screen" < /dev/null || true
 grep -aE '^(avx512|[0-9]+ calls|all good|failed)' "$out/console"
 grep -aq '^all good' "$out/console"

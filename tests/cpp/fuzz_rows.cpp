@@ -77,7 +77,8 @@ Weight prepare_weight(const cpu::Kernels& table, const SiteParams& p, const Quan
   if (quantization)
     for (int64_t j = 0; j < p.d; ++j) {
       const double over_scale = expected.get(j) * quantization->inverse_scale;
-      check(near(in_order.get(j), over_scale, 2 * rounding(A) * std::fabs(over_scale), A), "weight over the scale", table.name);
+      check(near(in_order.get(j), over_scale, 2 * rounding(A) * std::fabs(over_scale), A), "weight over the scale",
+            table.name);
     }
   else
     check(in_order.bytes() == expected.bytes(), "prepared weight", table.name);

@@ -161,7 +161,8 @@ CPU_FORWARD = (
     Mutant("tanh-inl.h", "0.13326408879088514", "0.1332647", AVX2),
     Mutant("tanh-inl.h", "return last > 0x1p-110 && last < 0x1p110;", "return true;", AVX2),
     Mutant("tanh-inl.h", "limit_ = V::set1(1 / (a * a));", "limit_ = V::set1(4 / (a * a));", AVX2),
-    Mutant("tanh-inl.h", "F z[K], any_t[K];  // copies, so that given and t need no addresses and stay in registers\n      for (int k = 0; k < K; ++k) z[k] = V::mul(a_, x[k]);",
+    Mutant("tanh-inl.h", "F z[K], any_t[K];  // copies, so that given and t need no addresses and stay in registers\n"
+           "      for (int k = 0; k < K; ++k) z[k] = V::mul(a_, x[k]);",
            "F z[K], any_t[K];\n      for (int k = 0; k < K; ++k) z[k] = x[k];", AVX2),
     Mutant("tanh-inl.h", "static constexpr double largest = 9.2;", "static constexpr double largest = 8.2;", AVX2),
     Mutant("vec_avx2-inl.h", "largest = _mm256_max_epu32(largest, _mm256_castps_si256(squares[k]))",

@@ -7,8 +7,8 @@ run.
 CPU: the translation units of one instruction set are compiled anew, linked with the objects of an ordinary build (kept
 in build/mutations) and put under the op-level tests, then with fuzz_rows.cpp, which alone reaches instruction sets
 that this CPU surpasses; the kernels as they are go first and must pass. Those of an instruction set that this CPU lacks
-are not run, and said so. A mutant is caught when a test fails, or the build; a CUDA one also when it does not end. CUDA:
-some minutes on two cores; CPU: an hour.
+are not run, and said so. A mutant is caught when a test fails, or the build; a CUDA one also when it does not end.
+CUDA: some minutes on two cores; CPU: an hour.
 """
 
 import os
@@ -23,8 +23,18 @@ from mutants import AVX2, AVX512, CPU, CUDA, Mutant
 
 ROOT = Path(__file__).resolve().parents[2]
 
-NAMES = ("accuracy", "autograd", "determinism", "layouts", "dtypes", "nonfinite", "quantized", "quantized_calls", "memory",
-         "tiers")
+NAMES = (
+    "accuracy",
+    "autograd",
+    "determinism",
+    "layouts",
+    "dtypes",
+    "nonfinite",
+    "quantized",
+    "quantized_calls",
+    "memory",
+    "tiers",
+)
 TESTS = [f"tests/ops/test_{name}.py" for name in NAMES]
 FUZZ_SECONDS = 20
 # Those of setup.py, but for a quick build.

@@ -2,7 +2,8 @@
 # The NEON rows, built by a cross compiler and run under qemu-user: random calls through fuzz_rows.cpp, then some
 # floats through tanh_sweep.cpp. Needs aarch64-linux-gnu-g++ (or CXX) and qemu-aarch64.
 #
-#   tests/cpp/neon.sh [SECONDS [STRIDE]]      60 s and every 100,003rd float; works in OUT (build/neon); FUZZ_CXXFLAGS last
+#   tests/cpp/neon.sh [SECONDS [STRIDE]]      60 s and every 100,003rd float; works in OUT (build/neon); FUZZ_CXXFLAGS
+# last
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 out=${OUT:-$PWD/build/neon}

@@ -48,8 +48,8 @@ fuzz() {
   "$out/fuzz/fuzz_rows" -max_total_time="$seconds" -max_len=256 -timeout=60 -artifact_prefix="$out/" "$out/corpus"
 }
 
-# Without vptr, which asks for type information that torch does not export; -fwrapv, which Python builds with, would allow
-# signed overflow.
+# Without vptr, which asks for type information that torch does not export; -fwrapv, which Python builds with, would
+# allow signed overflow.
 library() {
   local flags="-O0 -g1 -fno-wrapv -fsanitize=address,undefined -fno-sanitize=vptr" tests=()
   BHYT_CUDA=0 BHYT_CXXFLAGS=$flags python setup.py -q build_ext --build-temp "$out/library" --build-lib "$out/library"

@@ -1,5 +1,6 @@
-// A GPU for tests: runs a kernel's real source, compiled by g++, on simt_machine.h. Here are its instructions, the twins of
-// csrc/cuda/hardware.cuh: vector accesses must be aligned; approximate instructions err by as much as they may.
+// A GPU for tests: runs a kernel's real source, compiled by g++, on simt_machine.h. Here are its instructions, the
+// twins of csrc/cuda/hardware.cuh: vector accesses must be aligned; approximate instructions err by as much as they
+// may.
 #pragma once
 
 #include <algorithm>

@@ -1,7 +1,7 @@
-// A GPU for tests, its threads and blocks: runs a kernel one cluster of blocks at a time. Each thread is a fiber that runs
-// until it waits at a barrier, a shuffle or a cluster barrier; the order in which fibers get their turn can be varied, so
-// that a missing barrier shows. Shared memory starts as NaNs and is as long as the launch asked for. A deadlock ends the
-// program.
+// A GPU for tests, its threads and blocks: runs a kernel one cluster of blocks at a time. Each thread is a fiber that
+// runs until it waits at a barrier, a shuffle or a cluster barrier; the order in which fibers get their turn can be
+// varied, so that a missing barrier shows. Shared memory starts as NaNs and is as long as the launch asked for. A
+// deadlock ends the program.
 #pragma once
 
 #include <algorithm>

@@ -1,7 +1,7 @@
 // Runs every float, or every STRIDE-th, through the forward kernel of each instruction set with a = 1 and no gain, so
-// that y = tanh(x), and reports the largest error in ulps of the output's dtype. Exits 1 above the contract. Rows of f32
-// take every 16th of these floats with other a too, to both sides of those that coefficients can hold; rows of bf16 alone,
-// which have lanes of their own, all numbers of bf16 times as many a in [1, 2) instead.
+// that y = tanh(x), and reports the largest error in ulps of the output's dtype. Exits 1 above the contract. Rows of
+// f32 take every 16th of these floats with other a too, to both sides of those that coefficients can hold; rows of bf16
+// alone, which have lanes of their own, all numbers of bf16 times as many a in [1, 2) instead.
 //
 //   tanh_sweep [STRIDE [TIER]]     STRIDE 1 (the default) takes all 2^32 floats: half an hour of CPU time
 #include <bit>

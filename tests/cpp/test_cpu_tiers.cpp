@@ -1,5 +1,5 @@
-// Which table of kernels a call gets, from what is asked for and what this CPU can run. The tables are stand-ins: linked
-// with csrc/cpu/kernels.cpp alone.
+// Which table of kernels a call gets, from what is asked for and what this CPU can run. The tables are stand-ins:
+// linked with csrc/cpu/kernels.cpp alone.
 #include <cstdio>
 #include <cstring>
 #include <string>

@@ -95,7 +95,8 @@ void alignment() {
 void persistent(const Ladder& l) {
   Device device;
   device.multiprocessors = 132;
-  device.resident_clusters[1] = 66, device.resident_clusters[2] = 32, device.resident_clusters[3] = 16, device.resident_clusters[4] = 8;
+  device.resident_clusters[1] = 66, device.resident_clusters[2] = 32;
+  device.resident_clusters[3] = 16, device.resident_clusters[4] = 8;
   check(persistent_blocks(l, device) * l.parts <= 2 * 132, "persistent blocks fit");
   check(blocks_per_multiprocessor(l) * l.threads * l.groups <= 512, "persistent blocks' registers fit");
 }

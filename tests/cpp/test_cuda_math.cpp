@@ -1,4 +1,5 @@
-// The arithmetic of formats.cuh, scalars.cuh, tanh.cuh and vec.cuh on the host, approximate instructions at their worst.
+// The arithmetic of formats.cuh, scalars.cuh, tanh.cuh and vec.cuh on the host, approximate instructions at their
+// worst.
 #include "scalars.cuh"
 #include "tanh.cuh"
 

@@ -62,7 +62,9 @@ def test_onnx(tmp_path: Path) -> None:
     onnxruntime = needs("onnxruntime")
     length = torch.export.Dim("length", min=2, max=CONFIG.seq_len)
     path = tmp_path / "model.onnx"
-    program = torch.onnx.export(decoder().eval(), (tokens(),), dynamo=True, dynamic_shapes=({1: length},), verbose=False)
+    program = torch.onnx.export(
+        decoder().eval(), (tokens(),), dynamo=True, dynamic_shapes=({1: length},), verbose=False
+    )
     program.save(str(path))
     session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
     for n in (17, 5):

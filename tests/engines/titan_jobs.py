@@ -155,8 +155,8 @@ def refresh_and_decay(folder: Path) -> None:
 
 
 def against_hf_offsets(folder: Path) -> None:
-    """W_V out of the fused projection, T, and gains where they count: the offsets are those that bhyt.hf computes of the
-    exported weights."""
+    """W_V out of the fused projection, T, and gains where they count: the offsets are those that bhyt.hf computes of
+    the exported weights."""
     import transformers
 
     import bhyt.hf

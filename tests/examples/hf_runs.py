@@ -1,4 +1,5 @@
-"""Short runs of examples/pretrain_hf.py, and the text that they read. Skips without the packages, and knows the folder."""
+"""Short runs of examples/pretrain_hf.py, and the text that they read. Skips without the packages, and knows the
+folder."""
 
 import itertools
 import json

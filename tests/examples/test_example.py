@@ -121,7 +121,8 @@ def test_norms_start_from_the_same_matrices():
 
 
 def test_dyt():
-    """Row by row and channel by channel with Python's own tanh, with parameters away from where they start: 1, 1 and 0."""
+    """Row by row and channel by channel with Python's own tanh, with parameters away from where they start: 1, 1 and
+    0."""
     norm = DyT(8).double().requires_grad_(False)
     assert {name: set(value.flatten().tolist()) for name, value in norm.named_parameters()} == {
         "alpha": {1.0}, "weight": {1.0}, "bias": {0.0}
@@ -161,7 +162,8 @@ def test_second_site_reduces_nothing(norm):
 
 
 def test_unit_gains_start_as_rmsnorm():
-    """Rows reach the sub-layers as RMSNorm would hand them on, but for what tanh bends; the offset has the gains in it."""
+    """Rows reach the sub-layers as RMSNorm would hand them on, but for what tanh bends; the offset has the gains in
+    it."""
     torch.manual_seed(0)
     layer = Decoder(TINY, BLOCKS["bhyt-unit-gains"]).layers[0]
     x = torch.randn(64, TINY.dim)

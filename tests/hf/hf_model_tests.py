@@ -22,10 +22,10 @@ import bhyt.hf as hf
 FAMILIES = ("Llama", "Qwen3", "Mixtral", "Olmoe")
 HEADS = ("Model", "ForCausalLM", "ForSequenceClassification", "ForTokenClassification", "ForQuestionAnswering")
 EXCEPTIONS = {  # test -> why it need not hold
-    "test_init_weights_can_init_buffers": "offsets follow from weights, which differ in the two models that are compared",
-    "test_model_weights_reload_no_missing_tied_weights": "loads files without weights; a BHyT model raises where layers lack them",
+    "test_init_weights_can_init_buffers": "offsets follow from weights, which differ in the two models compared",
+    "test_model_weights_reload_no_missing_tied_weights": "loads files without weights; a BHyT model raises",
     "test_can_init_all_missing_weights": "is run for models that transformers lists by the file of their class",
-    "test_moe_models_record_router_logits": "reads the source of the module that a class is in; the outputs are the base's",
+    "test_moe_models_record_router_logits": "reads the source of a class's module; the outputs are the base's",
 }
 PACKAGE = "transformers_tests"
 
@@ -35,7 +35,10 @@ def load(folder: Path) -> Dict[str, Any]:
     package = types.ModuleType(PACKAGE)
     package.__path__ = [str(folder)]
     sys.modules[PACKAGE] = package
-    for module, name in (("exporters.test_export", "ExportTesterMixin"), ("generation.test_utils", "GenerationTesterMixin")):
+    for module, name in (
+        ("exporters.test_export", "ExportTesterMixin"),
+        ("generation.test_utils", "GenerationTesterMixin"),
+    ):
         stub = types.ModuleType(f"{PACKAGE}.{module}")
         setattr(stub, name, type(name, (), {}))
         parent = types.ModuleType(f"{PACKAGE}.{module.split('.')[0]}")
@@ -88,7 +91,9 @@ def case(mixins: Dict[str, Any], family: str, ours: bool) -> Any:
 
 def outcomes(test_case: Any) -> Dict[str, str]:
     """Test -> "passed", or why not."""
-    result = unittest.TextTestRunner(stream=io.StringIO()).run(unittest.defaultTestLoader.loadTestsFromTestCase(test_case))
+    result = unittest.TextTestRunner(stream=io.StringIO()).run(
+        unittest.defaultTestLoader.loadTestsFromTestCase(test_case)
+    )
     names = unittest.defaultTestLoader.getTestCaseNames(test_case)
     found = dict.fromkeys(names, "passed")
     for kind, entries in (("skipped", result.skipped), ("failed", result.failures), ("failed", result.errors)):
@@ -104,7 +109,10 @@ def main(folder: str, *families: str) -> int:
         plain, ours = (outcomes(case(mixins, family, which)) for which in (False, True))
         passed = [name for name, outcome in plain.items() if outcome == "passed"]
         worse = [name for name in passed if ours[name] != "passed"]
-        print(f"{family}: {len(passed)} of {len(plain)} pass for the plain model, {len(passed) - len(worse)} of these for BHyT")
+        print(
+            f"{family}: {len(passed)} of {len(plain)} pass for the plain model,"
+            f" {len(passed) - len(worse)} of these for BHyT"
+        )
         for name in worse:
             print(f"  {name}: {EXCEPTIONS.get(name) or ours[name]}")
         wrong += [name for name in worse if name not in EXCEPTIONS]

@@ -23,7 +23,8 @@ from bhyt.hf.families import CLASSES, CONFIGS  # noqa: E402
 
 @pytest.mark.parametrize("options", ({}, {"learnable_lam": False}), ids=str)
 def test_numbers_without_a_dimension(options: Dict[str, Any], tmp_path: Path) -> None:
-    """Offsets as they were saved before 0.2, a frozen lam as the authors save it: loaded by every way to the same bits."""
+    """Offsets as they were saved before 0.2, a frozen lam as the authors save it: loaded by every way to the same
+    bits."""
     model = converted(**options)
     model.save_pretrained(tmp_path)
     file = tmp_path / "model.safetensors"
@@ -51,7 +52,9 @@ def test_a_load_that_lacks_parameters(tmp_path: Path) -> None:
     file = tmp_path / "model.safetensors"
     tensors = {n: t for n, t in load_file(file).items() if ".1.mlp." not in n}
     save_file(tensors, file, metadata={"format": "pt"})
-    with pytest.raises(RuntimeError, match=r"its weights lack model.layers.1.mlp.down_proj.weight, .*BHyTLlamaForCausalLM"):
+    with pytest.raises(
+        RuntimeError, match=r"its weights lack model.layers.1.mlp.down_proj.weight, .*BHyTLlamaForCausalLM"
+    ):
         transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
 
 
@@ -85,7 +88,9 @@ def test_code_before_config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     for module in (transformers.configuration_utils, transformers.utils.hub):
         monkeypatch.setattr(module, "hf_api", Api, raising=False)
         for name in ("create_commit", "create_branch"):
-            monkeypatch.setattr(module, name, lambda *args, name=name, **kwargs: getattr(Api(), name)(**kwargs), raising=False)
+            monkeypatch.setattr(
+                module, name, lambda *args, name=name, **kwargs: getattr(Api(), name)(**kwargs), raising=False
+            )
     converted().config.save_pretrained(str(tmp_path), push_to_hub=True, repo_id="me/tiny")
     assert pushed and pushed[-1] >= {"config.json", "modeling_bhyt.py"}
 
@@ -123,7 +128,9 @@ def test_other_names_of_fields(base: str) -> None:
 def test_classes_are_plain() -> None:
     """Each class of a family is where its name says, so that it pickles and can be looked up."""
     for name, made in CLASSES.items():
-        assert getattr(importlib.import_module(made.__module__), made.__qualname__) is made and getattr(hf, name) is made
+        assert (
+            getattr(importlib.import_module(made.__module__), made.__qualname__) is made and getattr(hf, name) is made
+        )
     layer = type(converted().model.layers[0])
     assert getattr(importlib.import_module(layer.__module__), layer.__qualname__) is layer
     assert layer.__name__ == "LlamaDecoderLayer"

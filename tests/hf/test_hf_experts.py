@@ -39,7 +39,8 @@ def test_every_mixture_is_tried() -> None:
 
 @pytest.mark.parametrize("family", EXPERTS)
 def test_experts_are_kept(family: str, tmp_path: Path) -> None:
-    """F1: converted, saved and loaded; converted after a load; in the layout of transformers 4 (experts apart), in that of
+    """F1: converted, saved and loaded; converted after a load; in the layout of transformers 4 (experts apart), in that
+    of
     5 (experts in one tensor) and in the authors' (a plain model type): the same bits, and nothing missing."""
     plain = stock(family, **EXPERTS[family])
     plain.save_pretrained(tmp_path / "plain")
@@ -56,7 +57,9 @@ def test_experts_are_kept(family: str, tmp_path: Path) -> None:
     transformers.Trainer(model=fresh, args=transformers.TrainingArguments(
         str(tmp_path / "run"), report_to=[], use_cpu=True)).save_model(str(tmp_path / "trainer"))  # fmt: skip
     assert loaded_plain.config.model_type == f"bhyt_{plain.config.model_type}"
-    keys = {folder: set(load_file(tmp_path / folder / "model.safetensors")) for folder in ("fresh", "fused", "after a load")}
+    keys = {
+        folder: set(load_file(tmp_path / folder / "model.safetensors")) for folder in ("fresh", "fused", "after a load")
+    }
     assert keys["after a load"] == keys["fresh"]
     assert any(".experts.3." in key for key in keys["fresh"]) and not any(".experts.3." in key for key in keys["fused"])
     for folder in ("fresh", "after a load", "fused", "trainer"):

@@ -1,4 +1,5 @@
-"""bhyt.fold_gain of converted models: the tokens and logits of a folded one, every bit of it afterwards; what is refused."""
+"""bhyt.fold_gain of converted models: the tokens and logits of a folded one, every bit of it afterwards; what is
+refused."""
 
 import copy
 from typing import Dict, List

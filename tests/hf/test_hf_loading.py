@@ -30,7 +30,8 @@ ABOUT_KEYS = re.compile("keys?\\b|[Ww]eights|MISSING|UNEXPECTED|initialized|mode
 
 
 def variants(family: str, kind: str) -> Tuple[str, ...]:
-    """Three for every family and kind, so that each variant meets each family and each kind. A pipeline has no options."""
+    """Three for every family and kind, so that each variant meets each family and each kind. A pipeline has no
+    options."""
     if kind == "pipeline":
         return "plain", "sharded", "tied"
     others = list(VARIANTS)[1:]

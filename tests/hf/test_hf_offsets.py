@@ -117,7 +117,8 @@ CHANGES: Dict[str, Change] = {
 
 @pytest.mark.parametrize("change", CHANGES)
 def test_a_call_finds_what_has_changed(change: str) -> None:
-    """In eval mode, whatever changes W_V, W_O or lam: the next call has the offsets of what is there, without a refresh."""
+    """In eval mode, whatever changes W_V, W_O or lam: the next call has the offsets of what is there, without a
+    refresh."""
     model = converted()
     before = offsets(model)
     CHANGES[change](model)
@@ -129,10 +130,12 @@ def test_a_call_finds_what_has_changed(change: str) -> None:
     assert same_bits(offsets(model), after)
 
 
-@pytest.mark.parametrize("how", (copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))), ids=("deepcopy", "pickle"))
+@pytest.mark.parametrize(
+    "how", (copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))), ids=("deepcopy", "pickle")
+)
 def test_copies_know_as_much(how: Callable[[nn.Module], nn.Module]) -> None:
-    """A copy of a model whose weights have changed since its last call computes its offsets; so does a copy whose weights
-    change before its first call; a copy of a fresh one keeps the offsets."""
+    """A copy of a model whose weights have changed since its last call computes its offsets; so does a copy whose
+    weights change before its first call; a copy of a fresh one keeps the offsets."""
     model = converted()
     assert same_bits(outputs(how(model), ids()), outputs(model, ids()))
     changed = how(model)
@@ -180,7 +183,8 @@ def test_an_offset_set_by_hand_stays() -> None:
 
 
 def test_functional_call() -> None:
-    """Other weights for one call: that call has their offsets, the next one the model's own; under vmap and grad too."""
+    """Other weights for one call: that call has their offsets, the next one the model's own; under vmap and grad
+    too."""
     model = converted()
     expected = outputs(model, ids())
     other = copy.deepcopy(model)

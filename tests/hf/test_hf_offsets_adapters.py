@@ -79,8 +79,8 @@ def test_adapters_that_change(change: str, tmp_path: Path) -> None:
 
 
 def test_merged_and_unloaded_unseen(tmp_path: Path) -> None:
-    """PEFT writes merged weights through `.data`, into linears that a converted model had before: their offsets are those
-    of the merged weights, also where nothing ran while the adapter was there."""
+    """PEFT writes merged weights through `.data`, into linears that a converted model had before: their offsets are
+    those of the merged weights, also where nothing ran while the adapter was there."""
     peft = needs("peft")
     two_adapters().save_pretrained(tmp_path)
     merged = peft.PeftModel.from_pretrained(converted(), tmp_path).merge_and_unload()
@@ -89,8 +89,8 @@ def test_merged_and_unloaded_unseen(tmp_path: Path) -> None:
 
 
 def test_exchanging_adapters_computes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Once each set of adapters has run, exchanging them changes buffers, in training and in eval mode; each set has one
-    address."""
+    """Once each set of adapters has run, exchanging them changes buffers, in training and in eval mode; each set has
+    one address."""
     model = two_adapters()
 
     def run(adapter: str, training: bool) -> List[int]:
@@ -130,7 +130,9 @@ def test_a_batch_of_several_adapters(exact: bool) -> None:
             return model(tokens, **options).logits
 
     def generated(tokens: Tensor, **options: Any) -> Tensor:
-        return model.generate(input_ids=tokens, max_new_tokens=4, eos_token_id=None, do_sample=False, pad_token_id=0, **options)
+        return model.generate(
+            input_ids=tokens, max_new_tokens=4, eos_token_id=None, do_sample=False, pad_token_id=0, **options
+        )
 
     expected = {run: torch.cat([alone(row, run) for row in range(4)]) for run in (logits, generated)}
     model.set_adapter("default")

@@ -20,8 +20,8 @@ from test_hf_offsets_adapters import two_adapters
 
 
 def test_a_refresh_between_forward_and_backward() -> None:
-    """F9: the backward has its forward's offset: the gradients are those without the refresh, to the bit; where no graph
-    holds the buffer, it stays where it is."""
+    """F9: the backward has its forward's offset: the gradients are those without the refresh, to the bit; where no
+    graph holds the buffer, it stays where it is."""
     model = converted().train()
     site = model.model.layers[1].post_attention_layernorm
     expected = copy.deepcopy(model)
@@ -43,8 +43,8 @@ def test_a_refresh_between_forward_and_backward() -> None:
 
 @torch.no_grad()
 def test_compiled() -> None:
-    """Nothing is looked at inside a compiled graph: offsets stay until a refresh, which keeps their address, so that the
-    graph has it without being compiled anew."""
+    """Nothing is looked at inside a compiled graph: offsets stay until a refresh, which keeps their address, so that
+    the graph has it without being compiled anew."""
     model = converted()
     compiled = torch.compile(model, backend="eager", fullgraph=True)
     compiled(ids())
@@ -61,7 +61,8 @@ def test_compiled() -> None:
 
 
 def test_compiled_with_adapters() -> None:
-    """Adapters that are exchanged in a compiled model have their offsets: the graph is left for it, or refuses to be."""
+    """Adapters that are exchanged in a compiled model have their offsets: the graph is left for it, or refuses to
+    be."""
     one_layer = {"sizes": {"num_hidden_layers": 1}}
     model = two_adapters(**one_layer)
     expected = {}
@@ -113,7 +114,9 @@ def test_dpo(tmp_path: Path) -> None:
         report_to=[], use_cpu=True, bf16=False, beta=0.3, save_strategy="no", disable_tqdm=True, warmup_steps=0,
         lr_scheduler_type="constant", max_grad_norm=0.0,
     )  # fmt: skip
-    lora = peft.LoraConfig(r=4, lora_alpha=8, target_modules=["v_proj", "o_proj"], lora_dropout=0.0, task_type="CAUSAL_LM")
+    lora = peft.LoraConfig(
+        r=4, lora_alpha=8, target_modules=["v_proj", "o_proj"], lora_dropout=0.0, task_type="CAUSAL_LM"
+    )
     trainer = Spy(
         model=transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base"), args=arguments, peft_config=lora,
         train_dataset=Dataset.from_list(rows), callbacks=[hf.refresh_callback(every=1)],

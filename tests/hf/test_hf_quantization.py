@@ -52,8 +52,9 @@ def test_converted_models(tied: bool, tmp_path: Path) -> None:
 
 
 def test_models_that_are_not_converted() -> None:
-    plain = transformers.LlamaForCausalLM(transformers.LlamaConfig(vocab_size=8, hidden_size=8, num_hidden_layers=1, num_attention_heads=1,
-                                         num_key_value_heads=1, intermediate_size=8))  # fmt: skip
+    plain = transformers.LlamaForCausalLM(transformers.LlamaConfig(
+        vocab_size=8, hidden_size=8, num_hidden_layers=1, num_attention_heads=1,
+        num_key_value_heads=1, intermediate_size=8))  # fmt: skip
     with pytest.raises(ValueError, match="LlamaForCausalLM has no BHyT site .*bhyt.hf.convert"):
         quantize(plain)
     shared = llama()

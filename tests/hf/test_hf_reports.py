@@ -1,5 +1,5 @@
-"""What users of comparable projects reported of models of transformers, and what held here when it was tried: rows 53 to 59 of
-docs/users.md, as far as no other file covers them."""
+"""What users of comparable projects reported of models of transformers, and what held here when it was tried: rows 53
+to 59 of docs/users.md, as far as no other file covers them."""
 
 import copy
 from pathlib import Path

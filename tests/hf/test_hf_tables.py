@@ -1,5 +1,5 @@
-"""Who a model says it is: whatever transformers, PEFT, TRL and accelerate look up by model type or class name has BHyT's
-names where it has the base's. ECOSYSTEM rows F1, F2, F11 and F13 are examples; each test is of the kind."""
+"""Who a model says it is: whatever transformers, PEFT, TRL and accelerate look up by model type or class name has
+BHyT's names where it has the base's. ECOSYSTEM rows F1, F2, F11 and F13 are examples; each test is of the kind."""
 
 import ast
 import copy
@@ -56,8 +56,8 @@ def places(package: str) -> Iterator[str]:
 
 @pytest.mark.parametrize("package", ("transformers", "peft", "trl", "accelerate"))
 def test_every_table(package: str) -> None:
-    """Each place that names a base is a module whose tables are extended, or is known to be none; and no entry of a base
-    is missing for BHyT's name in these modules."""
+    """Each place that names a base is a module whose tables are extended, or is known to be none; and no entry of a
+    base is missing for BHyT's name in these modules."""
     needs(package)
     extended = {module.replace(".", "/") + ".py": module for module in tables.MODULES}
     found = list(places(package))
@@ -90,8 +90,8 @@ def test_what_is_left_out_is_there() -> None:
 
 @pytest.mark.parametrize("base", sorted(BASES))
 def test_every_auto_class(base: str) -> None:
-    """Each Auto class that has the base's config gives BHyT's class for BHyT's, by class and by name; TP, PP and EP plans
-    and the tokenizer are the base's."""
+    """Each Auto class that has the base's config gives BHyT's class for BHyT's, by class and by name; TP, PP and EP
+    plans and the tokenizer are the base's."""
     from transformers.models.auto import configuration_auto, tokenization_auto
 
     ours, theirs = CONFIGS[base], configuration_auto.CONFIG_MAPPING[base]
@@ -101,7 +101,10 @@ def test_every_auto_class(base: str) -> None:
         model = auto._model_mapping[ours]
         assert model is CLASSES[f"BHyT{auto._model_mapping[theirs].__name__}"] and model.config_class is ours
         assert auto._model_mapping._model_mapping[ours.model_type] == model.__name__
-    assert tables.class_names(ours).items() >= {auto.__name__: auto._model_mapping[ours].__name__ for auto in autos}.items()
+    assert (
+        tables.class_names(ours).items()
+        >= {auto.__name__: auto._model_mapping[ours].__name__ for auto in autos}.items()
+    )
     for plan in ("base_model_tp_plan", "base_model_pp_plan", "base_model_ep_plan", "attribute_map"):
         assert getattr(ours, plan, None) == getattr(theirs, plan, None)
     tokenizers = tokenization_auto.TOKENIZER_MAPPING
@@ -124,8 +127,8 @@ def test_label_smoothing(tmp_path: Path) -> None:
 
 
 def test_peft_in_any_order(tmp_path: Path) -> None:
-    """Default target modules of LoRA, IA3 and others are the base's, whether PEFT is imported before the model is made or
-    after it."""
+    """Default target modules of LoRA, IA3 and others are the base's, whether PEFT is imported before the model is made
+    or after it."""
     needs("peft")
     code = (
         "import sys\n"

@@ -30,7 +30,8 @@ METHODS = [
 
 
 def truth(site: Site, x: Tensor, variance: Optional[Tensor] = None) -> Dict[str, float]:
-    """docs/mathematics.md in float64 for rows x [rows, d]; the bounds on `saturation` leave out elements at the limit."""
+    """docs/mathematics.md in float64 for rows x [rows, d]; the bounds on `saturation` leave out elements at the
+    limit."""
     row = x.detach().double().reshape(-1, x.shape[-1])
     v = row.square().mean(-1)
     used = v if variance is None else variance.detach().double().reshape(-1) + site.variance_offset.double()

@@ -132,7 +132,9 @@ def test_parameter_groups() -> None:
     for p in block.parameters():  # as DeepSpeed's ZeRO-3 leaves them
         p.ds_shape, p.data = p.shape, torch.empty(0)
     groups = bhyt.parameter_groups(block, 0.1)
-    assert [[id(p) for p in group["params"]] for group in groups] == [[id(p) for p in g["params"]] for g in (decayed, kept)]
+    assert [[id(p) for p in group["params"]] for group in groups] == [
+        [id(p) for p in g["params"]] for g in (decayed, kept)
+    ]
     with pytest.raises(ValueError, match="no parameter that requires"):
         bhyt.parameter_groups(block.requires_grad_(False), 0.1)
 

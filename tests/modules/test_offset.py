@@ -14,8 +14,8 @@ from test_modules import D, ready, run
 @pytest.mark.parametrize("assign", (False, True))
 @pytest.mark.parametrize("wrap", (lambda site: site, nn.Sequential))
 def test_loading_never_leaves_an_old_offset(wrap: Callable[[nn.Module], nn.Module], assign: bool) -> None:
-    """The saved offset is in force; that of a site that was unset, or none (the authors' files, an exact site's), leaves
-    the site unset, and strict loading accepts it."""
+    """The saved offset is in force; that of a site that was unset, or none (the authors' files, an exact site's),
+    leaves the site unset, and strict loading accepts it."""
     x = torch.randn(3, D)
     saved = ready(bhyt.BHyTApprox)
     saved.set_variance_offset(0.75)
@@ -61,8 +61,8 @@ def test_averaged_model() -> None:
 
 
 def test_meta_after_the_offset_was_set() -> None:
-    """An offset set while on meta has no value: after to_empty, and reset_parameters, the site refuses to run rather than
-    to use undefined memory; a loaded state dict brings one, assigned or copied. USERS row 27."""
+    """An offset set while on meta has no value: after to_empty, and reset_parameters, the site refuses to run rather
+    than to use undefined memory; a loaded state dict brings one, assigned or copied. USERS row 27."""
     def empty() -> bhyt.BHyTApprox:
         site = bhyt.BHyTApprox(D, device="meta")
         site.set_variance_offset(0.25)

@@ -1,4 +1,5 @@
-"""Eight-bit models: what `bhyt.quantization.quantize` makes of one, in integers; saving, compiling, casting; what is refused."""
+"""Eight-bit models: what `bhyt.quantization.quantize` makes of one, in integers; saving, compiling, casting; what is
+refused."""
 
 import copy
 import zipfile
@@ -83,9 +84,11 @@ def test_rows_do_not_depend_on_their_batch() -> None:
 
 @pytest.mark.parametrize("out,features", ((3, 40), (1025, 33), (5, 2501)))
 def test_products_without_int8_instructions(out: int, features: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Float32 in blocks is exact: sums of the largest integers, which float32 has no number for, random ones; as torch's."""
+    """Float32 in blocks is exact: sums of the largest integers, which float32 has no number for, random ones; as
+    torch's."""
     for q, weight in ((torch.full((2, features), -127), torch.full((out, features), 127)),
-                      (torch.randint(-127, 128, (7, features)), torch.randint(-127, 128, (out, features)))):  # fmt: skip
+                      (torch.randint(-127, 128, (7, features)),
+                        torch.randint(-127, 128, (out, features)))):  # fmt: skip
         exact, given = q @ weight.T, (q.to(torch.int8), weight.to(torch.int8))
         for plain_loop in (True, False):
             monkeypatch.setattr(linear, "_PLAIN_LOOP", plain_loop)
@@ -134,7 +137,8 @@ def test_casts(dtype: torch.dtype) -> None:
 
 
 def test_float8(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The same module with float8 weights; the CPU, which has no fast product of them, is refused by `quantize` alone."""
+    """The same module with float8 weights; the CPU, which has no fast product of them, is refused by `quantize`
+    alone."""
     torch.manual_seed(5)
     block, x = Block(bias=True), torch.randn(5, 48)
     monkeypatch.setattr(conversion, "_check_float8", lambda name, device: None)
@@ -169,7 +173,9 @@ def test_aoti(tmp_path: Path) -> None:
     assert sum("quantized" in str(node.target) for node in program.graph.nodes) == 2
     path = torch._inductor.aoti_compile_and_package(program, package_path=str(tmp_path / "block.pt2"))
     with zipfile.ZipFile(path) as archive:
-        calls = [archive.read(name).count(b'_quantized.explicit"') for name in archive.namelist() if name.endswith(".json")]
+        calls = [
+            archive.read(name).count(b'_quantized.explicit"') for name in archive.namelist() if name.endswith(".json")
+        ]
     assert sum(calls) == 2  # ops, not their formulas
     package = torch._inductor.aoti_load_package(path)
     for rows in (x, torch.randn(2, 48)):
@@ -206,8 +212,12 @@ def test_refusals() -> None:
         setattr(wrapped, name, nn.Sequential(getattr(wrapped, name)))
         assert_refused(wrapped, f"{name}: expected torch.nn.Linear, got torch.nn.modules.container.Sequential")
     assert_refused(Block(), "others: Block has no linear called dwn", others=("o", "dwn"))
-    assert_refused(Block(), "float8_e4m3fn needs a CUDA device of compute capability 8.9 or newer, v is on cpu", dtype=F8)
+    assert_refused(
+        Block(), "float8_e4m3fn needs a CUDA device of compute capability 8.9 or newer, v is on cpu", dtype=F8
+    )
     with pytest.raises(ValueError, match="norm1: is quantised already"):
         quantize(quantized_block(), readers=READERS)
-    with pytest.raises(TypeError, match="x: expected torch.int8 from the site that this linear reads, got torch.float32"):
+    with pytest.raises(
+        TypeError, match="x: expected torch.int8 from the site that this linear reads, got torch.float32"
+    ):
         quantized_block().v(torch.randn(2, 48))

@@ -1,8 +1,8 @@
 """Peak extra memory of each op on the CPU: its outputs, one gain in the dtype of the arithmetic, bounded partial sums,
 and in a backward nothing for a gradient that nobody wants.
 
-Two measures: what torch's allocator gives out, tensors and scratch, to the byte, as torch's profiler records it; and all
-memory, as the peak of the resident set, which the kernel resets on request.
+Two measures: what torch's allocator gives out, tensors and scratch, to the byte, as torch's profiler records it; and
+all memory, as the peak of the resident set, which the kernel resets on request.
 """
 
 import json
@@ -178,7 +178,9 @@ def test_peak_of_all_memory() -> None:
     by any mask."""
     environment = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}  # freed is given back
     command = [sys.executable, "-m", "ops.test_memory"]
-    run = subprocess.run(command, capture_output=True, text=True, timeout=300, env={**os.environ, **environment}, cwd=TESTS)
+    run = subprocess.run(
+        command, capture_output=True, text=True, timeout=300, env={**os.environ, **environment}, cwd=TESTS
+    )
     assert run.returncode == 0, run.stderr
     for step, (peak, outputs, scratch) in json.loads(run.stdout).items():
         assert outputs - NOISE < peak < outputs + scratch + NOISE, f"{step}: {peak} for outputs of {outputs}"

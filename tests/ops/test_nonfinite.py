@@ -54,8 +54,8 @@ def test_every_nan_of_the_stream(form: str, bits: int, device: str) -> None:
 @pytest.mark.parametrize("bits", (0x7FFFFFFF, -1, 0x7F800001), ids=hex)
 @pytest.mark.parametrize("form", FORMS)
 def test_every_nan_of_a_parameter(form: str, bits: int, device: str) -> None:
-    """A NaN in a float32 gain or lam of bfloat16 rows is one in y and grad_x, whatever its bits, and stays in its column
-    if it is the gain's; at d = 77, whose last elements fill no vector."""
+    """A NaN in a float32 gain or lam of bfloat16 rows is one in y and grad_x, whatever its bits, and stays in its
+    column if it is the gain's; at d = 77, whose last elements fill no vector."""
     good = make_call(form, (3, 77), torch.bfloat16, device)
     upstream = make_upstream(good)
     for column in (4, 5, 76):

@@ -50,8 +50,8 @@ class Target:
 
 
 def assert_quantized(q: Tensor, y: Tensor, target: Target) -> None:
-    """q is the number nearest to the float64 y / scale; either neighbour within 1e-4 of a step of a tie. NaN: zero_point,
-    or NaN in float8."""
+    """q is the number nearest to the float64 y / scale; either neighbour within 1e-4 of a step of a tie. NaN:
+    zero_point, or NaN in float8."""
     assert q.dtype == target.dtype and q.shape == y.shape and q.is_contiguous()
     scaled, q = y / target.scale, q.double() - target.zero_point
     nan = scaled.isnan()

@@ -88,7 +88,8 @@ def test_errors(fault: str, where: str) -> None:
     changes, error, message = FAULTS[fault]
     for form in FORMS:
         call = make_call(form, (4, 6), device="cpu")
-        call = replace(call, **{n: getattr(call, n).to(where) for n in ("x", "lam", "weight", "residual", "variance", "offset")
+        names = ("x", "lam", "weight", "residual", "variance", "offset")
+        call = replace(call, **{n: getattr(call, n).to(where) for n in names
                                 if getattr(call, n) is not None})  # fmt: skip
         with pytest.raises(error) as raised:
             replace(Target(), **changes).run(call)
@@ -120,7 +121,8 @@ def test_compiled_and_exported(device: str) -> None:
 
 @pytest.mark.parametrize("form", FORMS)
 def test_overloads(form: str) -> None:
-    """`explicit` has the arguments of the op without their defaults, and is what a graph below autograd holds, whole."""
+    """`explicit` has the arguments of the op without their defaults, and is what a graph below autograd holds,
+    whole."""
     packet, call = getattr(torch.ops.bhyt, form + "_quantized"), make_call(form, (4, 16))
     default, explicit = packet.default._schema, packet.explicit._schema
     assert not explicit.is_mutable and all(a.alias_info is None for a in (*explicit.arguments, *explicit.returns))

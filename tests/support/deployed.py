@@ -1,4 +1,5 @@
-"""A decoder with both kinds of site, what a step of training makes of it, and processes that know the op library alone."""
+"""A decoder with both kinds of site, what a step of training makes of it, and processes that know the op library
+alone."""
 
 import sys
 from typing import Dict

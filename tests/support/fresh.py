@@ -1,7 +1,7 @@
 """Code in processes that have imported torch and nothing of bhyt, which start in milliseconds: forks of one that has.
 
-As a script it is that one process. A line of its input has code, arguments, a folder to work in, an environment, and files for the
-output; a line of its output is the status that the process ended with.
+As a script it is that one process. A line of its input has code, arguments, a folder to work in, an environment, and
+files for the output; a line of its output is the status that the process ended with.
 """
 
 import functools

@@ -22,7 +22,8 @@ def _run(command: Sequence[str]) -> bytes:
 
 
 def built(name: str, sources: Sequence[Path], options: Sequence[str], libraries: Sequence[str] = ()) -> Path:
-    """The program (or, by its options, library) NAME of these sources; from an earlier build of the same, if there is one."""
+    """The program (or, by its options, library) NAME of these sources; from an earlier build of the same, if there is
+    one."""
     compiler = shutil.which(os.environ.get("CXX", "g++"))
     if compiler is None:
         pytest.skip("no C++ compiler")
