@@ -31,8 +31,8 @@ trap 'rm -rf "$WORK"' EXIT
 mkdir "$WORK/logs-$CALL"
 failed=0
 export OUT PYTHON WORK CALL DRY WHEEL="${WHEEL:-}" PEERS="${PEERS:-}" VARIANTS=$builds
-if [ -n "$DRY" ]; then
-  export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH}
+if [ -n "$DRY" ]; then  # with what is built in this folder, or else installed
+  if compgen -G 'bhyt/_ops*.so' > /dev/null; then export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH}; fi
 elif ! nvidia-smi > /dev/null 2>&1; then
   echo "run_gpu.sh: no NVIDIA GPU here" >&2
   exit 100

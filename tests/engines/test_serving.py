@@ -159,10 +159,10 @@ def test_entry_point() -> None:
         assert (base in vllm.MIXTURES) == mixture
 
 
-def test_nothing_imports_vllm() -> None:
+def test_nothing_imports_vllm(tmp_path: Path) -> None:
     """bhyt, its plugin's module and the models work where an import of vLLM fails."""
     code = "import sys; sys.modules['vllm'] = None; import bhyt, bhyt.vllm, bhyt.hf, bhyt.vllm.weights"
-    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path)
     assert run.returncode == 0, run.stderr
 
 
