@@ -34,7 +34,7 @@ at::DataPtr scratch_memory(int64_t bytes) { return c10::GetCPUAllocator()->alloc
 class RowWeight {
  public:
   RowWeight(const cpu::Kernels& kernels, const SiteParams& p, const Quantization* quantization = nullptr)
-      : prepared_{p.weight.data} {
+      : prepared_{.data = p.weight.data} {
     const DType wanted = accumulate_dtype(p.stream);
     const bool in_order = p.stream != DType::bf16 || kernels.bfloat_block == 1;
     if (p.weight.data && p.weight.dtype == wanted && in_order && !quantization) return;

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <limits>
 #include <vector>
 
 #include "params.h"
@@ -26,7 +27,8 @@ constexpr Chunks chunks_of(int64_t rows) {
 // all ones, by which a product is exact.
 struct PreparedWeight {
   const void* data = nullptr;
-  double largest = 0;  // of quantised outputs: no |weight| is larger
+  // Of quantised outputs: no |weight| is larger. Infinity has every q clamped.
+  double largest = std::numeric_limits<double>::infinity();
 };
 
 // What a backward writes for itself, in the accumulate dtype and the order of the lanes. Null where nothing is kept.

@@ -6,13 +6,13 @@ does not know spmd_types, torchtitan's `partial_dtensor` is tried.
 
 import shutil
 from pathlib import Path
-from typing import Iterator
 
 import pytest
 import torch
 
 pytest.importorskip("torchtitan")
 import titan  # noqa: E402
+from titan import launch  # noqa: E402, F401  (a fixture)
 
 DEGREE = "parallelism.{}_parallel_degree".format
 TP, PP = {DEGREE("tensor"): 2}, {DEGREE("pipeline"): 2, "parallelism.pipeline_parallel_schedule": "1F1B"}
@@ -33,13 +33,6 @@ RUNS = {  # processes, those that share the batch, arguments
     "compiled": (1, 1, COMPILED),
     "compiled, selective ac, tp": (2, 1, {**TP, **COMPILED, AC: "selective"}),
 }
-
-
-@pytest.fixture(scope="module")
-def launch() -> Iterator[titan.Launcher]:
-    launcher = titan.Launcher()
-    yield launcher
-    launcher.close()
 
 
 @pytest.fixture(scope="module")

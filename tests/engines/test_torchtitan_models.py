@@ -7,23 +7,17 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any, Iterator
+from typing import Any
 
 import pytest
 import torch
 
 pytest.importorskip("torchtitan")
 import titan  # noqa: E402
+from titan import launch  # noqa: E402, F401  (a fixture)
 import titan_jobs as jobs  # noqa: E402
 
 HERE = Path(__file__).parent
-
-
-@pytest.fixture(scope="module")
-def launch() -> Iterator[titan.Launcher]:
-    launcher = titan.Launcher()
-    yield launcher
-    launcher.close()
 
 
 @pytest.fixture(scope="module")

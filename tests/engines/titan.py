@@ -8,6 +8,7 @@ import socket
 from pathlib import Path
 from typing import Any, Callable, Dict, Iterator, List, Tuple
 
+import pytest
 import torch
 import torch._dynamo.utils
 import torch.multiprocessing
@@ -39,6 +40,14 @@ class Launcher:
     def close(self) -> None:
         self._pipe.close()
         self._process.join()
+
+
+@pytest.fixture(scope="module")
+def launch() -> Iterator[Launcher]:
+    """Runs of jobs; one launcher for the tests of a file."""
+    launcher = Launcher()
+    yield launcher
+    launcher.close()
 
 
 def _serve(pipe: Any) -> None:

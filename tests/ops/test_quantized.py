@@ -97,6 +97,19 @@ def test_stressed_rows(rows: str, lam: float, kappa: float, device: str) -> None
 
 
 @every_tier
+@pytest.mark.parametrize("large", (2.0, -2.0))
+@pytest.mark.parametrize("place", (0, 40, 77))
+def test_one_gain_beyond_the_limits(large: float, place: int, device: str) -> None:
+    """One column of y passes a limit of the type and is clamped. The others fit."""
+    for dtype in (torch.float32, torch.bfloat16):
+        call = make_call("forward", (6, 78), dtype, device, lam=30.0, kappa=1.0)
+        weight = torch.full((78,), 0.2, device=device)
+        weight[place] = large
+        for target in (Target(zero_point=0), Target(zero_point=96), Target(zero_point=-96), Target(torch.uint8, 32)):
+            check(replace(call, weight=weight), target)
+
+
+@every_tier
 def test_many_values(device: str) -> None:
     """A quarter of a million elements of each 8-bit type: every number but -128 or NaN is among them."""
     call = make_call("forward", (64, 4096), torch.float32, device, lam=20.0, weight=None)
