@@ -97,7 +97,7 @@ def test_stressed_rows(rows: str, lam: float, kappa: float, device: str) -> None
 
 
 @every_tier
-@pytest.mark.parametrize("large", (2.0, -2.0))
+@pytest.mark.parametrize("large", (1.0, -1.0))
 @pytest.mark.parametrize("place", (0, 40, 77))
 def test_one_gain_beyond_the_limits(large: float, place: int, device: str) -> None:
     """One column of y passes a limit of the type and is clamped. The others fit."""
