@@ -29,10 +29,10 @@ struct Values {
   DType dtype = DType::f32;
 };
 
-// One site, in the names of the formula:  a = lam / (kappa sqrt(v + offset + eps)),  y = weight * tanh(a x). `branch`
-// is the dtype of y, `stream` that of the row that v is the mean square of. They differ only where a 16-bit branch is
-// added to a wider residual stream. x is named as the ops name it: the branch in a forward, the stream's row in a
-// backward.
+// One site, in the names of the formula:  a = lam / (kappa sqrt(v + offset + eps)),  y = weight * tanh(a x). v is the
+// mean square of a row of the stream. `branch` is the dtype of y, `stream` the dtype of this row. The two differ only
+// where a 16-bit branch is added to a wider residual stream. `x` has the ops' meaning: the branch in a forward, the row
+// of the stream in a backward.
 struct SiteParams {
   int64_t rows = 0;
   int64_t d = 0;
@@ -46,8 +46,8 @@ struct SiteParams {
   double eps = 1e-6;
 };
 
-// y in eight bits: q = saturate(round_half_even(y / scale) + zero_point), of y before any rounding. A NaN becomes
-// zero_point; in f8, whose zero_point is 0, it stays NaN.
+// y in eight bits: q = saturate(round_half_even(y / scale) + zero_point). y is not rounded before. A NaN becomes
+// zero_point. In f8 zero_point is 0, and a NaN stays NaN.
 struct Quantization {
   DType dtype = DType::i8;
   double inverse_scale = 1;  // a normal float32
@@ -78,7 +78,7 @@ struct BackwardParams : SiteParams {
   void* grad_weight = nullptr;          // [d] weight.dtype, optional
   void* grad_lam = nullptr;             // one element of lam.dtype, optional
 
-  // Whether a gradient that is wanted needs S, the sums of g x over rows; whether one needs g.
+  // Whether a wanted gradient needs S, the sum of g x over a row; whether a wanted gradient needs g.
   bool needs_sums() const { return grad_lam || (exact ? grad_x : grad_variance_out); }
   bool needs_g() const { return grad_x || needs_sums(); }
 };

@@ -1,4 +1,5 @@
-// What of a backward is wanted, as a template argument: kernels have no code for what output_mask leaves out.
+// The gradients that a backward must compute, as a template argument: a kernel has no code for a gradient that
+// output_mask leaves out.
 #pragma once
 
 #include <type_traits>
@@ -7,8 +8,8 @@
 
 namespace bhyt {
 
-// How grad_x is made, if it is: from g at once at an approximate site; at an exact one from g and S, known behind the
-// row.
+// When grad_x is written. An approximate site needs g alone, and writes grad_x at once. An exact site needs g and S; S
+// is known after the whole row.
 enum class GradX { unwanted, at_once, after_sum };
 
 template <GradX grad_x_, bool sum_, bool grad_weight_>
@@ -20,7 +21,7 @@ struct Wanted {
   static constexpr bool grad_weight = grad_weight_;
 };
 
-// f(Wanted()) for a call of which something is wanted.
+// Calls f(Wanted()) for a call that wants at least one gradient.
 template <class F>
 auto with_wanted(const BackwardParams& p, F&& f) {
   const auto choose = [&](auto grad_weight) {

@@ -26,11 +26,12 @@ constexpr int64_t kElementsPerThread = 16384;
 
 int64_t rows_per_task(int64_t d) { return std::max<int64_t>(1, kElementsPerThread / std::max<int64_t>(1, d)); }
 
-// From torch's allocator, which begins each block on a line of memory of its own (no two threads share one) and reports
-// it to torch's profiler.
+// torch's allocator begins each block on a line of memory of its own, so no two threads share one. It reports the block
+// to torch's profiler.
 at::DataPtr scratch_memory(int64_t bytes) { return c10::GetCPUAllocator()->allocate(bytes); }
 
-// The weight of a call as the row kernels read it: where it lies if that is the form they read, else a temporary copy.
+// The weight of a call in the form that the row kernels read: the caller's memory if it has this form, else a temporary
+// copy.
 class RowWeight {
  public:
   RowWeight(const cpu::Kernels& kernels, const SiteParams& p, const Quantization* quantization = nullptr)

@@ -2,8 +2,8 @@
 //
 //   v = mean(x^2) (exact) or given;  a = lam / (kappa sqrt(v + offset + eps));  y = weight tanh(a x)
 
-// Makes the value stored for y from t = tanh(a x) and the weight. For eight bits the weight is divided by the scale,
-// and finite.
+// Makes the value stored for y from t = tanh(a x) and the weight. For eight bits the weight has been divided by the
+// scale and clamped to finite numbers.
 template <typename V, typename Y>
 struct Output {
   using F = typename V::F;
@@ -71,7 +71,7 @@ struct ForwardRow {
     return stored(j, span, k);
   }
 
-  // The same after the sum has been stored.
+  // The register that stream() returned, once the sum has been stored.
   template <typename Span>
   F stored(int64_t j, Span span, int k) const {
     if constexpr (adds)

@@ -16,8 +16,9 @@ struct Chunks {
   int64_t count;
 };
 
-// At most 384 chunks: that bounds the sums at 1.5 KB x d and divides evenly among 48, 64, 96, 128 or 192 threads. At
-// least 8 rows in each: writing and reading a row of sums then takes less than a tenth of the rows' own traffic.
+// At most 384 chunks. This number bounds the sums at 1.5 KB x d, and divides evenly among 48, 64, 96, 128 or 192
+// threads. At least 8 rows in each chunk: writing and reading a row of sums then takes less than a tenth of the rows'
+// own traffic.
 constexpr Chunks chunks_of(int64_t rows) {
   const int64_t per_chunk = rows <= 8 * 384 ? 8 : (rows + 383) / 384;
   return {per_chunk, (rows + per_chunk - 1) / per_chunk};
@@ -27,25 +28,26 @@ constexpr Chunks chunks_of(int64_t rows) {
 // all ones, by which a product is exact.
 struct PreparedWeight {
   const void* data = nullptr;
-  // Of quantised outputs: no |weight| is larger. Infinity has every q clamped.
+  // For quantised outputs: no |weight| is larger than this number. With infinity every q is clamped.
   double largest = std::numeric_limits<double>::infinity();
 };
 
-// What a backward writes for itself, in the accumulate dtype and the order of the lanes. Null where nothing is kept.
+// Memory that a backward uses for itself, in the accumulate dtype and the order of the lanes. Null where the backward
+// keeps nothing.
 struct Scratch {
   void* weight = nullptr;  // [chunks, d]: the sums of each chunk, where grad_weight is wanted
   double* lam = nullptr;   // [chunks]: likewise, where grad_lam is wanted
   void* g = nullptr;       // [d], each thread's own: where grad_x of an exact site is wanted
 };
 
-// Columns of grad_weight are summed in blocks of so many: a multiple of every table's bfloat_block, and lines of memory
-// that no two threads share.
+// Columns of grad_weight are summed in blocks of this many. It is a multiple of every table's bfloat_block, and a block
+// fills whole lines of memory, so that no two threads share a line.
 constexpr int64_t kColumnBlock = 64;
 
 struct Kernels {
   const char* name;
-  // The order of the lanes for rows of bf16: in blocks of so many elements, first those of even index, then those of
-  // odd index. A last block that is not whole is in plain order, and so is everything where this is 1.
+  // The order of the lanes for rows of bf16. A block of this many elements has its elements of even index first, then
+  // its elements of odd index. A last block that is not whole is in plain order. With 1 everything is in plain order.
   int64_t bfloat_block;
   // Writes the weight to `memory` in the form that the row kernels read. For quantised outputs it is divided by the
   // scale and clamped to finite numbers; for integers a NaN becomes 0.
@@ -78,8 +80,8 @@ extern const Kernels kernels;
 std::vector<const Kernels*> runnable_kernels(DType stream = DType::f32);
 
 // The best of `runnable` within a capability as at::get_cpu_capability() names it: "AVX512", "AVX2", anything else for
-// the plainest. It may name more than the CPU has: torch believes ATEN_CPU_CAPABILITY. On AArch64 it says "DEFAULT" of
-// NEON too, so there that variable decides: NEON unless "default".
+// the plainest. torch believes ATEN_CPU_CAPABILITY, so the capability may name more than the CPU has. On AArch64 torch
+// says "DEFAULT" for NEON too. There the variable decides: NEON, unless it is "default".
 const Kernels& kernels_for(const char* capability, const std::vector<const Kernels*>& runnable = runnable_kernels());
 
 }  // namespace bhyt::cpu

@@ -1,5 +1,5 @@
-// What the loops over a row share: spans of registers, sums, prefetches. Included after tanh-inl.h, once per
-// instruction set.
+// Spans of registers, sums and prefetches for the loops over a row. Included after tanh-inl.h, once per instruction
+// set.
 
 // Part of a row that one turn of a loop takes: K whole registers, or the first n lanes of one.
 template <int K>
@@ -100,12 +100,12 @@ inline void choose(bool flag, F f) {
 }
 
 // While a row is written, the lines of a later row are prefetched, for reading and for writing, so that both directions
-// of the memory stay busy; benchmarks/README.md has the gain. Tensors of up to this size together are taken to lie in a
-// core's own caches, where a prefetch is only work.
+// of the memory stay busy; benchmarks/README.md has the gain. Tensors that are together no larger than this are assumed
+// to lie in a core's own caches, where a prefetch gains nothing.
 constexpr int64_t kCachedBytes = 3 << 19;
 
-// Calls f(std::true_type) where the loops shall prefetch. Double lanes compute for longer than they wait for memory, so
-// they never do; a 16-bit branch beside a float32 stream always does.
+// Calls f(std::true_type) where the loops shall prefetch. Double lanes never prefetch: they compute for longer than
+// they wait for memory. A 16-bit branch beside a float32 stream always does.
 template <typename V, typename X, typename R, typename F>
 inline void choose_prefetch(const SiteParams& p, int tensors, F f) {
   if constexpr (std::is_same_v<V, Double>)

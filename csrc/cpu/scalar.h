@@ -27,8 +27,8 @@ struct laned {
   float value;
 };
 
-// Storage of quantised outputs, which is only written. integer8 takes the lowest bits of an integer plus a large number
-// (last_place_1 of vec-inl.h); float8 is float8_e4m3fn.
+// Storage of quantised outputs. Kernels write it and never read it. A number for integer8 is an integer plus
+// last_place_1 (vec-inl.h), and its lowest bits are stored. float8 is float8_e4m3fn.
 struct integer8 {
   uint8_t bits;
 };

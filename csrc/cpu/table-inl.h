@@ -62,7 +62,7 @@ void sum_lam(const BackwardParams& p, const Scratch& scratch) {
   write(total, p.lam.dtype, p.grad_lam);
 }
 
-// The largest of lanes that are not negative.
+// The largest lane. No lane is negative.
 template <typename V, typename A>
 A largest_of(typename V::F x) {
   A lanes[V::N], largest = 0;
@@ -71,7 +71,7 @@ A largest_of(typename V::F x) {
   return largest;
 }
 
-// The weight in plain order. Returns its largest magnitude for quantised outputs.
+// Writes the weight in plain order. Returns its largest magnitude for quantised outputs.
 template <typename V, typename A>
 double convert_weight(const Values& from, const Quantization* quantization, int64_t n, A* to) {
   const double factor = quantization ? quantization->inverse_scale : 1;

@@ -1,8 +1,8 @@
 // The vector tanh and its slope. Included after vec-inl.h, once per instruction set.
 //
 //   |z| < 1    t = z + z^3 P(z^2)              minimax, relative; z = a x, a in the coefficients
-//   |z| >= 1   t = sign(z) (1 - 2 / (1 + E))   E ~ exp(2|z|) as a power of a polynomial that is accurate just where
-//                                              t needs it (absolute), since E's own relative error fades with 1/E
+//   |z| >= 1   t = sign(z) (1 - 2 / (1 + E))   E ~ exp(2|z|), a power of a polynomial; fitted for the absolute error
+//                                              of t, in which a relative error of E fades with 1/E
 //   slope      1 - t^2 = s (2 - s), s = 2 e / (1 + e), e = exp(-2|z|): does not cancel
 //
 // A group of registers whose arguments are all below 1 takes the first line only, at a third of the cost. In rows of a
@@ -13,7 +13,7 @@
 //   float     at most 2.5 ulp over all floats
 //   f16       relative error at most 2^-16, a thirtieth of an ulp of the result
 //   bf16      relative error at most 2^-13, a thirtieth of an ulp of the result
-//   double    libm's
+//   double    the error of libm
 //   integer8, float8     an error of q's argument below 1e-4 of a step
 // tanh(+-0) = +-0, tanh(+-inf) = +-1, tanh(NaN) = NaN, |t| <= 1 always. tests/cpp/tanh_sweep.cpp checks all floats.
 
@@ -128,7 +128,7 @@ class RowTanh {
     for (int i = 0; i < n; ++i, power *= a * a) q_[i] = V::set1(c[i] * power);
   }
 
-  // t[k] = tanh(a x[k]). Returns false if all arguments are small; a NaN is not.
+  // t[k] = tanh(a x[k]). Returns false if all arguments are small. A NaN is not small.
   template <int K>
   [[gnu::always_inline]] bool operator()(const F (&given)[K], F (&t)[K]) const {
     F x[K], squared[K];
@@ -144,7 +144,7 @@ class RowTanh {
     return false;
   }
 
-  // The same, and slope[k] = 1 - t[k]^2.
+  // t[k] = tanh(a x[k]) and slope[k] = 1 - t[k]^2.
   template <int K>
   [[gnu::always_inline]] void operator()(const F (&given)[K], F (&t)[K], F (&slope)[K]) const {
     F x[K], squared[K];
@@ -211,7 +211,7 @@ class RowTanh {
   F scale_, a_, limit_, q_[n];
 };
 
-// Double lanes: libm's.
+// Double lanes: tanh and exp of libm.
 template <typename V>
 class RowTanh<V, double, true> {
   using F = typename V::F;

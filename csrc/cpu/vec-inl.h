@@ -7,7 +7,7 @@
 // Each is a set of static functions over a register type F:
 //   at_once, at_once_backward     registers that a loop takes in one turn: as many as fit the set's register file
 //   load / store          whole registers of any storage type; *_part: the first n lanes, the others are read as 0
-//   store_untied          only some have it: as store, but ties may be rounded either way
+//   store_untied          as store, but ties may be rounded either way; only some types have it
 //   fma(a, b, c) = a b + c, fnma(a, b, c) = c - a b
 //   min_of, max_of(limit, x)      NaN if x is NaN
 //   zero_if_nan(x)        0 in lanes that are NaN
@@ -96,6 +96,6 @@ using Float = Double;
 using Bfloat = Double;
 #endif
 
-// The type of what row kernels keep for themselves in memory: the prepared weight, g and the sums over rows.
+// The storage type of the row kernels' own arrays: the prepared weight, g and the sums over rows.
 template <typename V, typename A>
 using Own = std::conditional_t<std::is_same_v<V, Bfloat> && !std::is_same_v<V, Float>, laned, A>;

@@ -23,7 +23,7 @@ struct Float {
   static Mask not_below(F x, F limit) { return _mm256_cmp_ps(x, limit, _CMP_NLT_UQ); }
   static bool any(Mask m) { return _mm256_movemask_ps(m) != 0; }
   static F select(Mask m, F yes, F no) { return _mm256_blendv_ps(no, yes, m); }
-  // Squares are ordered as their bits are, with NaN above all numbers.
+  // The order of squares is the order of their bits. The bits of a NaN are above those of all numbers.
   template <int K>
   static bool any_from(const F (&squares)[K], F limit) {
     __m256i largest = _mm256_castps_si256(squares[0]);

@@ -24,7 +24,7 @@ struct Float {
   static Mask not_below(F x, F limit) { return _mm512_cmp_ps_mask(x, limit, _CMP_NLT_UQ); }
   static bool any(Mask m) { return m != 0; }
   static F select(Mask m, F yes, F no) { return _mm512_mask_blend_ps(m, no, yes); }
-  // Squares are ordered as their bits are, with NaN above all numbers.
+  // The order of squares is the order of their bits. The bits of a NaN are above those of all numbers.
   template <int K>
   static bool any_from(const F (&squares)[K], F limit) {
     __m512i largest = _mm512_castps_si512(squares[0]);
@@ -57,8 +57,8 @@ struct Float {
     const __m512i bits = _mm512_castps_si512(x);
     const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
     const __m512i half = _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff));
-    // A NaN stays as it is: a carry could reach its exponent. Its upper half alone is a NaN too, as arithmetic makes
-    // them.
+    // A NaN is not rounded: a carry could reach its exponent. Its upper half alone is a NaN, as is that of every NaN
+    // that arithmetic makes.
     const __mmask16 ordered = _mm512_cmp_ps_mask(x, x, _CMP_ORD_Q);
     return _mm512_cvtepi32_epi16(_mm512_srli_epi32(_mm512_mask_add_epi32(bits, ordered, bits, half), 16));
   }

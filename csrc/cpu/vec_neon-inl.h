@@ -21,7 +21,7 @@ struct Float {
   static Mask not_below(F x, F limit) { return vmvnq_u32(vcltq_f32(x, limit)); }
   static bool any(Mask m) { return vmaxvq_u32(m) != 0; }
   static F select(Mask m, F yes, F no) { return vbslq_f32(m, yes, no); }
-  // Squares are ordered as their bits are, with NaN above all numbers.
+  // The order of squares is the order of their bits. The bits of a NaN are above those of all numbers.
   template <int K>
   static bool any_from(const F (&squares)[K], F limit) {
     uint32x4_t largest = bits(squares[0]);

@@ -1,13 +1,13 @@
-// Two registers as one, for rows of bf16: the elements of even index and those of odd index, whose bits are the lower
-// and the upper half of each 32 bits in memory. So one shift and one mask widen two registers, one shift and one blend
-// narrow them.
+// Two registers as one, for rows of bf16. `even` has the elements of even index, the lower half of each 32 bits in
+// memory. `odd` has the elements of odd index, the upper half. So one shift and one mask widen two registers, and one
+// shift and one blend narrow them.
 //
-// Arrays of `laned` are in the order of these lanes: of each whole register first the elements of even index, then
-// those of odd index. The last part of a row is in plain order.
+// Arrays of `laned` are in the order of these lanes: of each whole register first the elements of even index, then the
+// elements of odd index. The last part of a row is in plain order.
 //
 // store() needs no test for NaN: every NaN that reaches it has 0 in its 16 lowest bits, so that rounding cannot carry
-// into the exponent. A NaN of bf16 has by its format, one made by arithmetic has by IEEE's default, arithmetic keeps
-// such bits, and set1 and prepare_weight make every other NaN such a one.
+// into the exponent. A NaN of bf16 has these zeros by its format. The NaN that arithmetic makes by default has them
+// too, and arithmetic keeps the bits of a NaN that it is given. set1 and prepare_weight replace every other NaN.
 //
 // Self adds load and store of bf16, in_order (from the order of the lanes to plain order) and from_order (back).
 template <typename Self, typename H>

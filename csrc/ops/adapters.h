@@ -1,5 +1,5 @@
-// Between the signatures of the ops and a Site or a SiteGradients, in both directions: what implements the ops for a
-// dispatch key has one forward and one backward, and what calls an op gives it a Site.
+// From the signatures of the ops to a Site or a SiteGradients, and back. An implementation of the ops for a dispatch
+// key has one forward and one backward. A caller of an op gives a Site or a SiteGradients.
 #pragma once
 
 #include <ATen/core/dispatch/Dispatcher.h>
@@ -14,7 +14,7 @@
 
 namespace bhyt {
 
-// The tuple that f makes, or an empty one.
+// The tuple that f makes if `holds`, else an empty tuple.
 template <bool holds, class F>
 auto when(F f) {
   if constexpr (holds)
@@ -23,7 +23,7 @@ auto when(F f) {
     return std::tuple<>();
 }
 
-// Element i of a tuple that has it, or `otherwise`.
+// Element i of the tuple if `holds`, else `otherwise`.
 template <bool holds, size_t i, class Tuple, class T>
 const T& pick(const Tuple& given, const T& otherwise) {
   if constexpr (holds)
@@ -138,7 +138,7 @@ struct Op<Kind, std::tuple<Args...>, std::tuple<Tensors...>> : Kind {
     m.impl(full_name().c_str(), function);
   }
 
-  // Through the dispatcher: from its top, or with these keys alone.
+  // Calls the op through the dispatcher: from its top, or with these keys alone.
   template <class... Keys>
   static Results call(const typename Kind::Call& call, Keys... keys) {
     static const auto op = c10::Dispatcher::singleton()
@@ -178,7 +178,7 @@ void register_ops(torch::Library& m) {
   register_ops_into<Impl, Keys...>(m);
 }
 
-// f of the op that a call is for.
+// Calls f with the op that a call is for.
 template <bool... known, class F, class... Rest>
 auto with_forward(const F& f, bool next, Rest... rest) {
   if constexpr (sizeof...(rest) > 0)

@@ -12,7 +12,8 @@ namespace {
 
 using c10::DispatchKeySet;
 
-// Of what a call is differentiated by: not of the offset, unless that would be a gradient of a quantised op.
+// Whether `is` holds for a tensor by which a call is differentiated. The offset gets no gradient. It counts for
+// quantised ops alone, which refuse every tensor that wants a gradient.
 template <class Is>
 bool any_of(const Site& s, const Is& is) {
   return is(&s.x) || is(s.residual) || is(s.variance) || (s.weight && is(&*s.weight)) || is(&s.lam) ||

@@ -1,4 +1,4 @@
-// The node that a forward leaves in the graph. What torch keeps private of its autograd is used here alone.
+// The node that a forward leaves in the graph. No other file uses the private interfaces of torch's autograd.
 #pragma once
 
 #include <c10/core/impl/LocalDispatchKeySet.h>
@@ -24,7 +24,7 @@ inline bool inside_functorch_transform() {
   return c10::impl::tls_is_dispatch_key_included(c10::DispatchKey::FuncTorchDynamicLayerFrontMode);
 }
 
-// Graphs that have saved a tensor see by its version that it has been written.
+// Raises the version of a tensor that has been written: graphs that have saved the tensor notice the write by it.
 inline void count_write(const Tensor& t) {
   if (t.defined()) torch::autograd::impl::bump_version(t);
 }
@@ -53,16 +53,16 @@ inline variable_list site_gradients(const variable_list& grads, const Saved& sav
   const Gradients found = call_op(SiteGradients{
       saved.numbers, grad_y, grad_variance, grad_sum, row, variance, given_offset, given_weight, lam, saved.exact,
       {wanted[kX] || wanted[kResidual], wanted[kVariance], wanted[kWeight], wanted[kLam]}});
-  // d(x + residual) is the same for both; the engine casts it to a narrower branch.
+  // x and residual have the same gradient. The engine casts it to the dtype of a narrower branch.
   return {wanted[kX] ? found.x : Tensor(), wanted[kResidual] ? found.x : Tensor(), found.variance, found.weight,
           found.lam};
 }
 
-// A node like those torch generates for its own ops. torch::autograd::Function would be shorter, and costs 3 us more a
-// forward and 3 us more a backward: as much again as the whole call of a small row.
+// A node like the nodes that torch generates for its own ops. torch::autograd::Function would be shorter, but costs
+// 3 us more in a forward and 3 us more in a backward: as long as the whole call of a small row.
 struct SiteBackward : torch::autograd::Node {
   std::array<SavedVariable, 5> variables;
-  Saved saved{};  // but for its tensors, which are the variables
+  Saved saved{};  // without its tensors: they are in `variables`
 
   // The sum and an exact site's variance are outputs of this very node.
   bool is_output(size_t variable) const { return variable == 0 ? saved.adds : variable == 1 && saved.exact; }
@@ -137,8 +137,8 @@ struct SiteBackward : torch::autograd::Node {
   }
 };
 
-// Nodes are held by intrusive pointers in newer versions of torch, by shared pointers in older ones; deleteNode, found
-// by argument-dependent look-up, exists in the latter only.
+// Newer versions of torch hold nodes by intrusive pointers, older versions by shared pointers. deleteNode is found by
+// argument-dependent look-up, and exists in the older versions only.
 template <typename T, typename Node = torch::autograd::Node>
 auto make_node() {
   if constexpr (std::is_base_of_v<c10::intrusive_ptr_target, Node>)

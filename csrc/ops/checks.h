@@ -17,7 +17,7 @@ inline bool is_supported(ScalarType t) {
   return t == at::kFloat || t == at::kBFloat16 || t == at::kHalf || t == at::kDouble;
 }
 
-// As Python has it: int64, where c10's own name is Long.
+// Python's name: int64, where c10 says Long.
 inline const char* name_of(ScalarType t) {
   switch (t) {
     case at::kFloat: return "float32";
@@ -139,10 +139,10 @@ inline void output_per_row(const char* name, const Tensor& t, const Tensor& x) {
   contiguous(name, t);
 }
 
-// Of the integers that y may become; float8 has no zero_point but this.
+// The lowest integer of a dtype. For float8 it is 0, the only zero_point that float8 has.
 inline int64_t lowest(ScalarType t) { return t == at::kChar ? -128 : 0; }
 
-// 1 / scale is a normal float32 within these.
+// Within these limits 1 / scale is a normal float32.
 inline void quantization(double scale, int64_t zero_point, ScalarType dtype) {
   TORCH_CHECK_TYPE(dtype == at::kChar || dtype == at::kByte || dtype == at::kFloat8_e4m3fn,
                    "bhyt: dtype: expected int8, uint8 or float8_e4m3fn, got ", name_of(dtype));

@@ -62,7 +62,7 @@ Tensor grad_x_of(const SiteGradients& s, const Terms& k) {
 
 }  // namespace
 
-// What writes into given memory where no kernel does: under functionalization, and on devices without kernels.
+// Writes into given memory where no kernel does: under functionalization, and on devices without kernels.
 Outputs Composite::forward_into(const Site& s) {
   check(s);
   Site plain = s;
@@ -79,8 +79,8 @@ Outputs Composite::forward(const Site& s) {
   check(s);
   Outputs out;
   if (s.quantized && !s.variance) {
-    // Sum and variance are those of the device's own op, which has kernels where the quantised one may have none: the
-    // same bits everywhere.
+    // Sum and variance come from the op that is not quantised, so that their bits are the same everywhere: a device may
+    // have kernels for that op and none for the quantised one.
     Site plain = s;
     plain.quantized.reset();
     out = call_op(plain);

@@ -1,5 +1,5 @@
-// The formula in plain ATen ops, differentiable to any order: what runs on devices without kernels of their own, under
-// functorch transforms, with forward-mode tangents, and when a backward is itself differentiated.
+// The formula in plain ATen ops, differentiable to any order. It runs on devices without kernels, under functorch
+// transforms, with forward-mode tangents, and when a backward is itself differentiated.
 #pragma once
 
 #include "site.h"

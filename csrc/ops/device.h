@@ -25,7 +25,7 @@ inline DType dtype_of(const Tensor& t) {
   }
 }
 
-// Null only where there is nothing to read.
+// The memory of t. Null only where t has no elements.
 inline const void* data_of(const Tensor& t) {
   const void* data = t.const_data_ptr();
   TORCH_CHECK_VALUE(data != nullptr || t.numel() == 0, "bhyt: expected tensors with data, got one of shape ", t.sizes(),
@@ -54,7 +54,7 @@ inline int64_t even_row_stride(const Tensor& t) {
   return stride;
 }
 
-// Row views of a call's inputs; owns the copies of those whose strides no kernel takes.
+// Row views of a call's inputs. Owns copies of the inputs whose strides no kernel takes.
 class RowViews {
  public:
   Rows operator()(const Tensor& t) {
@@ -76,7 +76,7 @@ class RowViews {
   int count_ = 0;
 };
 
-// What a Site and a SiteGradients say alike.
+// Fills in the fields that a Site and a SiteGradients share.
 template <class Call>
 void describe_site(SiteParams& p, RowViews& view, const Call& s, const Tensor& stream) {
   p.d = stream.size(-1);
@@ -89,13 +89,13 @@ void describe_site(SiteParams& p, RowViews& view, const Call& s, const Tensor& s
   p.eps = s.eps;
 }
 
-// Kernels read and write element by element, so y may lie where x does and sum where residual does. Any other overlap
-// of an output would have a kernel read what it has written.
+// Kernels read and write element by element, so y may take the memory of x, and sum that of residual. With any other
+// overlap a kernel would read its own output.
 inline void check_memory(const Site& s) {
   struct Named {
     const char* name;
     const Tensor* tensor;
-    const Named* in_place_of = nullptr;  // what an output may be written over
+    const Named* in_place_of = nullptr;  // the input whose memory an output may take
   };
   const Named x{"x", &s.x}, residual{"residual", s.residual};
   const std::array outputs{Named{"y", &s.into->y, &x}, Named{"sum", &s.into->sum, &residual},

@@ -12,13 +12,14 @@ std::string entry(const c10::Dict<std::string, std::string>& info, const char* k
   return found == info.end() ? "unknown" : found->value();
 }
 
-// Two builds are the same when these are: CUDA code counts, without which the ops would run, but as formulas.
+// Two builds are the same when these texts are equal. CUDA code is part of the text: without it the ops run as
+// formulas.
 std::string build_of(const c10::Dict<std::string, std::string>& info) {
   const std::string archs = entry(info, "cuda_archs");
   return entry(info, "version") + " for torch " + entry(info, "torch") + (archs.empty() ? "" : " and CUDA " + archs);
 }
 
-// Of the library whose ops are registered, which may be of any version.
+// The build of the library that has registered the ops. It may be of any version.
 std::string registered_build() {
   const auto op = c10::Dispatcher::singleton().findSchema({"bhyt::build_info", ""});
   if (!op || !op->schema().arguments().empty()) return "unknown";

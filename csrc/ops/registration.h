@@ -7,10 +7,11 @@
 
 namespace bhyt {
 
-// Asked before each registration, since an exception there would end the process: dlopen cannot pass it on.
+// Whether this library registers the ops. Each registration asks first, since an exception in a registration would end
+// the process: dlopen cannot pass it on.
 bool registers_ops();
 
-// What this library was built for and what it chose: the op of this name.
+// What this library was built for and what it chose; also the op build_info.
 c10::Dict<std::string, std::string> build_info();
 
 }  // namespace bhyt

@@ -52,8 +52,8 @@ constexpr const char* kSchemas[] = {
     " -> (Tensor grad_x, Tensor grad_variance, Tensor grad_weight, Tensor grad_lam)",
 };
 
-// The kernel of a quantised op: its overload without defaults. A traced graph leaves out what equals its default, and
-// AOTInductor writes the default of a ScalarType as an int, which its loader refuses.
+// The kernel of a quantised op: it calls the op's overload without defaults. A traced graph leaves out arguments that
+// equal their defaults, and AOTInductor writes the default of a ScalarType as an int, which its loader refuses.
 struct CallExplicit final : c10::OperatorKernel {
   explicit CallExplicit(const char* name) : op(c10::Dispatcher::singleton().findSchemaOrThrow(name, "explicit")) {}
   void operator()(const c10::OperatorHandle&, c10::DispatchKeySet, torch::jit::Stack* stack) { op.callBoxed(stack); }

@@ -1,5 +1,5 @@
 // One call of an op as a value: every forward is a Site, every backward a SiteGradients. Both own nothing: the tensors
-// are the caller's. Here, and in one order for every device, the arguments of a call are checked.
+// are the caller's. check() checks the arguments of a call, in one order for every device.
 #pragma once
 
 #include "checks.h"
@@ -18,7 +18,7 @@ struct Quantized {
   at::ScalarType dtype;
 };
 
-// The numbers that a backward takes over from its forward: doubles alone, which a graph's node saves whatever they are.
+// The numbers that a backward takes over from its forward. All are doubles: a node of the graph saves them as an array.
 struct Numbers {
   double kappa, eps;
 };
@@ -38,7 +38,7 @@ struct Site : Numbers {
   std::optional<Quantized> quantized;
   std::optional<Outputs> into;  // the caller's memory for the outputs, else it is made
 
-  // The row that the statistics belong to has the dtype of this tensor, and so has the sum.
+  // The sum, and the row whose statistics count, have the dtype of this tensor.
   const Tensor& stream() const { return residual ? *residual : x; }
   at::ScalarType y_dtype() const { return quantized ? quantized->dtype : x.scalar_type(); }
 };
@@ -59,7 +59,7 @@ struct SiteGradients : Numbers {
   } wanted;
 };
 
-// Undefined where nothing is wanted.
+// A gradient that is not wanted is undefined.
 struct Gradients {
   Tensor x, variance, weight, lam;
 };
