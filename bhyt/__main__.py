@@ -11,7 +11,7 @@ import bhyt
 
 
 def _cuda_kernels(build: Dict[str, str]) -> str:
-    """What was compiled, and with which CUDA, beside what the driver supports."""
+    """The architectures of the CUDA kernels, the CUDA that compiled them, and the CUDA that the driver supports."""
     if not build["cuda_archs"]:
         return "not built"
     text = f"{build['cuda_archs']}; CUDA {build['cuda_runtime']}, driver for CUDA {build['cuda_driver']}"
@@ -19,7 +19,7 @@ def _cuda_kernels(build: Dict[str, str]) -> str:
 
 
 def _gpu(i: int, built: bool) -> str:
-    """A device's name, and what the kernels that run on it were compiled for."""
+    """The name of a device, and the architecture of the kernels that run on it."""
     properties = torch.cuda.get_device_properties(i)
     text = f"cuda:{i} {properties.name} sm_{properties.major}{properties.minor}"
     if not built:
@@ -93,7 +93,11 @@ def self_check(device: str) -> Iterator[Tuple[str, float, float]]:
 
 
 def devices() -> List[str]:
-    """The devices that the check covers: the CPU and every GPU that torch sees."""
+    """The devices that the check covers: the CPU and every GPU that torch sees.
+
+    Returns:
+        Their names: "cpu", "cuda:0" and so on.
+    """
     return ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
 
 

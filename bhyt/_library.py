@@ -1,4 +1,4 @@
-"""Finds and loads the op library, or says in one line why it cannot be."""
+"""Finds and loads the op library, or says in one line why this is impossible."""
 
 from pathlib import Path
 from typing import Mapping
@@ -34,14 +34,14 @@ def library_path() -> str:
 
 
 def _build(info: Mapping[str, str]) -> str:
-    """What decides whether two builds are the same, as text; `info` is in the names of `torch.ops.bhyt.build_info`."""
+    """A text that two builds share if they are the same; `info` has the names of `torch.ops.bhyt.build_info`."""
     archs = info.get("cuda_archs", "unknown")
     text = f"{info.get('version', 'unknown')} for torch {_minor(info.get('torch', 'unknown'))}"
     return text + (f" and CUDA {archs}" if archs else "")
 
 
 def _registered() -> Mapping[str, str]:
-    """What a library that this process has loaded by itself was built for; empty when it does not say."""
+    """The build of a library that this process has loaded by itself; empty where the library does not say."""
     info: Mapping[str, str] = torch.ops.bhyt.build_info() if hasattr(torch.ops.bhyt, "build_info") else {}
     return info
 
@@ -50,7 +50,7 @@ def load(version: str) -> None:
     """Register `torch.ops.bhyt.*`, unless a library of the same build has.
 
     Args:
-        version: of this package.
+        version: the version of this package.
 
     Raises:
         ImportError: the library is missing, was built for another minor version of torch or another version of bhyt,

@@ -1,7 +1,7 @@
-"""What compilers and exporters make of a site: our fused op, or its formula in plain PyTorch ops.
+"""The form in which compilers and exporters see a site: the fused op, or its formula in plain PyTorch ops.
 
-A fused op is opaque to Inductor, which cannot fuse its neighbours into it; the formula can be fused, and gives up our
-kernels. Which is faster is measured by benchmarks/bench_compile.py; the default is what was faster there.
+Inductor cannot fuse a neighbour into a fused op. It can fuse the formula, but then the kernels do not run.
+benchmarks/bench_compile.py measures both, and the default is the faster one.
 """
 
 from typing import Any, Callable, Dict, FrozenSet
@@ -14,13 +14,19 @@ _EXACT = ("forward", "add_forward")
 _APPROXIMATE = ("forward_approx", "add_forward_approx")
 _DECOMPOSED = {"none": (), "approximate": _APPROXIMATE, "all": _EXACT + _APPROXIMATE}
 _is_compiling = torch.compiler.is_compiling
-_formulas: FrozenSet[str] = frozenset()  # the ops of which compilers see the formula
+_formulas: FrozenSet[str] = frozenset()  # the ops whose formula compilers see
 
 
 def wants_formula(name: str) -> bool:
     """Whether `bhyt.functional` runs the formula of an op now: a compiler is tracing, and is not to see the op.
 
-    An export to ONNX never sees the ops, which its runtimes do not have.
+    An export to ONNX never sees the ops, since its runtimes do not have them.
+
+    Args:
+        name: the op, such as "forward_approx".
+
+    Returns:
+        True where the formula is to run.
     """
     return _is_compiling() and (name in _formulas or torch.onnx.is_in_onnx_export())
 
@@ -37,14 +43,14 @@ def decompositions() -> Dict[Any, Callable[..., Any]]:
 
 
 def decompose_when_compiling(sites: str = "none") -> None:
-    """Choose what `torch.compile` and `torch.export` see of `bhyt.functional` and the modules from now on.
+    """Choose whether `torch.compile` and `torch.export` see fused ops or formulas from now on.
 
-    Eager calls and TorchScript run the fused ops whatever is chosen; compiled code is compiled anew when the choice
-    changes. The setting holds for the process.
+    The choice concerns `bhyt.functional` and the modules. Eager calls and TorchScript always run the fused ops. A new
+    choice has code compiled anew. The choice holds for the process.
 
     Args:
-        sites: "none" (default) keeps every site a fused op; "approximate" gives the compiler the formula of approximate
-            sites, which are pointwise; "all" that of every site.
+        sites: "none" (default) keeps every site a fused op. "approximate" gives the compiler the formula of approximate
+            sites, which are pointwise. "all" gives it the formula of every site.
 
     Raises:
         ValueError: another value.

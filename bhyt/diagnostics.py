@@ -37,7 +37,7 @@ class SiteStatistics:
         variance: mean of v = mean(x^2), computed from the row at both kinds of site.
         saturation: share of elements with |tanh(a x)| > 0.95, a = lam / (kappa sqrt(v + eps)), with v' for v at an
             approximate site.
-        lam: at the last call.
+        lam: its value at the last call.
         approximation: mean of v', the variance an approximate site used, its offset included; None at an exact site.
         relative_error: mean of |v' - v| / (v + eps); None at an exact site.
         correlation: Pearson's r between v' and v over the rows; None at an exact site, NaN where v or v' is constant.
@@ -229,8 +229,8 @@ class _SiteStatistics:
         )
 
 
-# A hook on a site would go with copies of the site. So one hook on every module, registered as long as any model is
-# recorded, looks here for whose statistics it adds to.
+# A copy of a site would have the site's hooks. So one hook on every module, registered while any model is recorded,
+# looks here for the statistics that it adds to.
 _recording: Dict[nn.Module, _SiteStatistics] = {}
 _undo = contextlib.ExitStack()
 _lock = threading.Lock()
@@ -245,7 +245,7 @@ def _start() -> None:
 
 def _observe(module: nn.Module, args: Any, kwargs: Any, result: Any) -> None:
     statistics = _recording.get(module)
-    # Within a backward pass it is activation checkpointing that calls, for rows that have been counted.
+    # Within a backward pass activation checkpointing makes the call, for rows that have been counted.
     if statistics is not None and torch._C._current_graph_task_id() == -1:
         signature = _SIGNATURES[BHyT if statistics.exact else BHyTApprox]
         given = signature.bind(module, *args, **kwargs).arguments

@@ -9,6 +9,7 @@ from torch import nn
 from bhyt.modules import BHyT, BHyTApprox
 from bhyt.readers import check_linear, decoder_readers, module_of, times_used
 
+
 class FoldedGain:
     """The handle that `fold_gain` returns: `unfold()`, or the end of a `with` block, undoes the folding.
 
@@ -64,19 +65,20 @@ def fold_gain(model: nn.Module, readers: Optional[Mapping[str, Sequence[str]]] =
 
     Args:
         model: any module that holds both sites and linears.
-        readers: for each site, by its name in `model.named_modules()`, the names of all linears that read it; nothing
-            else may. None: for every layer with `input_layernorm`, `self_attn`, `post_attention_layernorm` and `mlp`,
-            q_proj, k_proj and v_proj read the first site, gate_proj and up_proj the second; the `lm_head` reads the
-            site `norm` beside the `layers`, which is left alone where there is no head, or it shares its weight with
-            the embeddings. Other sites are left alone; so are those without a gain.
+        readers: for each site, by its name in `model.named_modules()`, the names of all linears that read it. No other
+            module may read it. None: the sites and linears of every layer with `input_layernorm`, `self_attn`,
+            `post_attention_layernorm` and `mlp`. There q_proj, k_proj and v_proj read the first site, gate_proj and
+            up_proj the second. The `lm_head` reads the site `norm` beside the `layers`. That site stays as it is where
+            there is no head, or where the head shares its weight with the embeddings. Other sites, and sites without a
+            gain, stay as they are.
 
     Returns:
-        The handle to undo it.
+        The handle that undoes the folding.
 
     Raises:
         ValueError: nothing to fold; a site or linear that is folded already; a linear that is quantised, sharded,
-            wrapped by an adapter, on the meta device, tied to another module, read by two sites, or not of the site's
-            size; a layer with further modules that may read the site. The model has not been changed then.
+            wrapped by an adapter, on the meta device, tied to another module, reading two sites, or not of the site's
+            size; a layer with further modules that may read the site. The model is then unchanged.
 
     Examples:
         >>> import torch, bhyt
@@ -88,7 +90,7 @@ def fold_gain(model: nn.Module, readers: Optional[Mapping[str, Sequence[str]]] =
     pairs = decoder_readers(model) if readers is None else readers
     uses = times_used(model)
     sites: Dict[str, Any] = {}
-    linears: Dict[Any, nn.Parameter] = {}  # and the gain to multiply it by
+    linears: Dict[Any, nn.Parameter] = {}  # a linear -> the gain to multiply it by
     for name, linear_names in pairs.items():
         site: Any = module_of(model, name)
         _check_site(name, site)

@@ -39,7 +39,7 @@ _add_forward_approx: Callable[..., Tuple[Tensor, Tensor]] = torch.ops.bhyt.add_f
 def forward(
     x: Tensor, weight: Optional[Tensor], lam: Tensor, kappa: float = 10.0, eps: float = 1e-6
 ) -> Tuple[Tensor, Tensor]:
-    """Exact site: v = mean(x^2), y = weight * tanh(lam * x / (kappa * sqrt(v + eps))).
+    """Exact site: v = mean(x^2), y = weight * tanh(lam * x / (kappa * sqrt(v + eps))) (arXiv 2601.09719).
 
     Args:
         x: [..., d], any floating dtype.
@@ -80,6 +80,8 @@ def forward_approx(
 ) -> Tensor:
     """Approximate site: y = weight * tanh(lam * x / (kappa * sqrt(variance + variance_offset + eps))), no reduction.
 
+    The formula is that of arXiv 2601.09719, with c from `attention_gain`.
+
     Args:
         x: [..., d], any floating dtype.
         variance: [..., 1] float32 (float64 for float64 rows), as the exact site of the block returned it.
@@ -105,7 +107,7 @@ def forward_approx(
 def add_forward(
     x: Tensor, residual: Tensor, weight: Optional[Tensor], lam: Tensor, kappa: float = 10.0, eps: float = 1e-6
 ) -> Tuple[Tensor, Tensor, Tensor]:
-    """Residual add fused into an exact site: sum = x + residual, y = site(sum). Bit for bit what the two steps give.
+    """Residual add fused into an exact site: sum = x + residual, y = site(sum). The bits are those of the two steps.
 
     Args:
         x: [..., d], the branch to add, any floating dtype.

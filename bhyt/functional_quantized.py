@@ -1,4 +1,4 @@
-"""The quantised twins of the four forward ops. Call them as `bhyt.functional`, which tells their dtypes and errors."""
+"""The quantised twins of the four forward ops, to be called through `bhyt.functional`, which has dtypes and errors."""
 
 from typing import Callable, Optional, Tuple
 
@@ -25,23 +25,23 @@ def forward_quantized(
     kappa: float = 10.0,
     eps: float = 1e-6,
 ) -> Tuple[Tensor, Tensor]:
-    """`forward` with y in eight bits: q = saturate(round_half_even(y / scale) + zero_point), y before any rounding.
+    """`forward` with y in eight bits: q = saturate(round_half_even(y / scale) + zero_point). y is not rounded before.
 
-    Since |y| <= |weight| whatever the input, scale = max|weight| / 127 is right for int8 without calibration. Not
-    differentiable.
+    |y| <= |weight| for every input, so scale = max|weight| / 127 is right for int8 without calibration. The op is not
+    differentiable, and not in the paper.
 
     Args:
         x: [..., d], any floating dtype.
         weight: [d] or None (gain 1).
         lam: one element.
         scale: a number from 2^-126 to 2^126.
-        zero_point: of dtype; 0 for float8_e4m3fn.
+        zero_point: an integer that dtype holds; 0 for float8_e4m3fn.
         dtype: int8, uint8 (oneDNN's linears read it with zero_point 128) or float8_e4m3fn, which saturates at 448.
         kappa: > 0; see `forward`.
         eps: >= 0, added to the variance.
 
     Returns:
-        q: [..., d] of dtype. Where y is NaN it is zero_point, in float8_e4m3fn NaN.
+        q: [..., d] of dtype. Where y is NaN, q is zero_point; in float8_e4m3fn it is NaN.
         variance: as from `forward`, the same bits.
 
     Raises:
@@ -82,7 +82,7 @@ def forward_approx_quantized(
         weight: [d] or None (gain 1).
         lam: one element.
         scale: a number from 2^-126 to 2^126; see `forward_quantized`.
-        zero_point: of dtype; 0 for float8_e4m3fn.
+        zero_point: an integer that dtype holds; 0 for float8_e4m3fn.
         dtype: int8, uint8 or float8_e4m3fn.
         kappa: > 0; see `forward`.
         eps: >= 0, added to the variance.
@@ -124,7 +124,7 @@ def add_forward_quantized(
         weight: [d] or None (gain 1).
         lam: one element.
         scale: a number from 2^-126 to 2^126; see `forward_quantized`.
-        zero_point: of dtype; 0 for float8_e4m3fn.
+        zero_point: an integer that dtype holds; 0 for float8_e4m3fn.
         dtype: int8, uint8 or float8_e4m3fn.
         kappa: > 0; see `forward`.
         eps: >= 0, added to the variance.
@@ -168,7 +168,7 @@ def add_forward_approx_quantized(
         weight: [d] or None (gain 1).
         lam: one element.
         scale: a number from 2^-126 to 2^126; see `forward_quantized`.
-        zero_point: of dtype; 0 for float8_e4m3fn.
+        zero_point: an integer that dtype holds; 0 for float8_e4m3fn.
         dtype: int8, uint8 or float8_e4m3fn.
         kappa: > 0; see `forward`.
         eps: >= 0, added to the variance.

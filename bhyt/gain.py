@@ -1,4 +1,4 @@
-"""c, the gain of an attention branch: what an approximate site knows of its block's attention without looking at it."""
+"""c, a number from W_V and W_O: by it an approximate site estimates the variance that its block's attention adds."""
 
 from typing import Optional
 
@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 def whole(weight: Tensor) -> Tensor:
-    """All of a weight that FSDP2 or tensor parallelism has sharded (every process must ask); any other as it is."""
+    """A weight as a whole: gathered if FSDP2 or tensor parallelism has sharded it, by a call in every process."""
     return weight.full_tensor() if hasattr(weight, "full_tensor") else weight
 
 
@@ -66,8 +66,8 @@ def value_weight(qkv_weight: Tensor, heads: int, kv_heads: int, *, grouped: bool
     """W_V, as `attention_gain` takes it, out of the weight of a fused projection of queries, keys and values.
 
     Args:
-        qkv_weight: [(heads + 2 * kv_heads) * head_dim, d], all of it. Gather an engine's shards before; DTensors are
-            gathered here, by every process that has a shard.
+        qkv_weight: [(heads + 2 * kv_heads) * head_dim, d], all of it, any dtype. Gather an engine's shards before.
+            DTensors are gathered here, by every process that has a shard.
         heads: query heads.
         kv_heads: KV heads, a divisor of heads.
         grouped: True where each KV head's rows follow those of its query heads (torchtitan's wqkv, Megatron-Core's
@@ -75,10 +75,10 @@ def value_weight(qkv_weight: Tensor, heads: int, kv_heads: int, *, grouped: bool
             (vLLM's qkv_proj, Phi-3's).
 
     Returns:
-        [kv_heads * head_dim, d]; no copy where the rows lie together.
+        [kv_heads * head_dim, d] in the dtype of qkv_weight; no copy where the rows lie together.
 
     Raises:
-        ValueError: rows that are not those of so many heads.
+        ValueError: the number of rows does not fit the numbers of heads, or a number is below 1.
     """
     weight = whole(qkv_weight)
     if not all(isinstance(n, int) and n >= 1 for n in (heads, kv_heads)) or heads % kv_heads:

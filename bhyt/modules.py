@@ -149,7 +149,19 @@ class BHyT(Site):
 
 
 def offset_of(gain: Tensor, first: BHyT) -> Tensor:
-    """c lam1^2 / kappa1^2, a scalar; see `BHyTApprox.update_variance_offset`."""
+    """The variance offset c lam1^2 / kappa1^2 (arXiv 2601.09719).
+
+    Args:
+        gain: c, one element, from `bhyt.attention_gain`.
+        first: the block's exact site, which has lam1 and kappa1.
+
+    Returns:
+        A scalar in the dtype of `gain`, without gradient.
+
+    Raises:
+        TypeError: `first` is not an exact site.
+        RuntimeError: the gain of `first` is folded into W_V.
+    """
     if not isinstance(first, BHyT):
         raise TypeError(f"first: expected the block's exact site, a bhyt.BHyT, got {type(first).__name__}")
     if hasattr(first, "gain_folded"):

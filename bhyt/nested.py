@@ -7,7 +7,20 @@ from torch import Tensor
 
 
 def on_values(site: Callable[..., Any], x: Tensor, tensors: Mapping[str, Optional[Tensor]], **options: Any) -> Any:
-    """site(..) of jagged nested tensors [batch, ragged, .., d]: rows are independent, so it runs on all rows packed."""
+    """Call a site on jagged nested tensors. Rows are independent, so the site runs on all rows packed.
+
+    Args:
+        site: takes x and the other tensors by name.
+        x: [batch, ragged, .., d].
+        tensors: the other arguments by name, [batch, ragged, .., d] or [batch, ragged, .., 1], with the offsets of x.
+        **options: further arguments, passed on.
+
+    Returns:
+        The site's results as nested tensors with the offsets of x.
+
+    Raises:
+        ValueError: a tensor of another layout, or with other offsets.
+    """
     given: Dict[str, Any] = {"x": x, **tensors}
     values = {}
     for name, tensor in given.items():

@@ -16,8 +16,8 @@ class VarianceOffset(nn.Module):
     Attributes:
         variance_offset: [1] float32 buffer; NaN while it is not set.
         offset_is_set: whether a look at the buffer has found a number there.
-        offset_given: whether it came with a state dict or by `set_variance_offset`, and whoever keeps it in step with
-            weights (bhyt.hf) has not seen it yet.
+        offset_given: whether a state dict or `set_variance_offset` has given an offset that bhyt.hf has not seen yet.
+            bhyt.hf keeps offsets in step with weights.
     """
 
     variance_offset: Tensor
@@ -123,5 +123,5 @@ class VarianceOffset(nn.Module):
 
 
 def _is_held(buffer: Tensor) -> bool:
-    """Whether something beside the module, such as the graph of a forward, holds this very tensor."""
+    """Whether another holder than the module, such as the graph of a forward, has this very tensor."""
     return bool(buffer._use_count() > 1)  # type: ignore[attr-defined]

@@ -1,4 +1,4 @@
-"""Optimizer help: what weight decay must leave alone."""
+"""Groups of parameters for optimizers: weight decay must leave gains and lam alone."""
 
 from typing import Any, Dict, List
 
@@ -6,7 +6,7 @@ from torch import nn
 
 
 def _dimensions(parameter: nn.Parameter) -> int:
-    """Of the whole parameter: DeepSpeed's ZeRO-3 leaves an empty vector in its place, and its shape in ds_shape."""
+    """The number of dimensions. DeepSpeed's ZeRO-3 leaves an empty vector in place of a parameter, with ds_shape."""
     return len(getattr(parameter, "ds_shape", parameter.shape))
 
 
@@ -18,7 +18,7 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> List[Dict[str, An
 
     Args:
         model: any model; parameters that do not require gradients are left out.
-        weight_decay: of parameters with two dimensions and more (weights of linears, embeddings, convolutions).
+        weight_decay: for parameters with two dimensions and more (weights of linears, embeddings, convolutions).
 
     Returns:
         Two groups, {"params": [..], "weight_decay": ..}; a parameter that is shared is in one of them, once.

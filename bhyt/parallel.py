@@ -35,7 +35,7 @@ _SUMS = ("grad_weight", "grad_lam")  # over all rows
 
 
 def _placement(name: str, sharded: Optional[int], ndim: int, is_output: bool) -> Placement:
-    """Of the argument or output `name`, when rows are sharded in the given dimension of ndim; None: replicated."""
+    """The placement of an argument or output when rows of ndim dimensions are sharded in one; None: in no dimension."""
     if sharded is None:
         return Replicate()
     if sharded < ndim - 1:

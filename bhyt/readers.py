@@ -1,4 +1,4 @@
-"""Which linears read which site, and what they must be for a gain to be multiplied into them."""
+"""Which linears read which site, and the checks that a gain can be multiplied into a linear."""
 
 from collections import Counter
 from typing import Any, Dict, List
@@ -17,7 +17,17 @@ _DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 
 
 def decoder_readers(model: nn.Module) -> Dict[str, List[str]]:
-    """{site: the linears that read it}, by name, for models whose modules are named as in Llama."""
+    """Find the linears that read each site of a model whose modules are named as in Llama.
+
+    Args:
+        model: with BHyT sites.
+
+    Returns:
+        The name of each site, with the names of the linears that read it.
+
+    Raises:
+        ValueError: a layer has further modules that may read a site.
+    """
     readers: Dict[str, List[str]] = {}
     heads = [(name, module) for name, module in model.named_modules() if name.split(".")[-1] == "lm_head"]
     for owner, module in model.named_modules():
@@ -43,8 +53,15 @@ def decoder_readers(model: nn.Module) -> Dict[str, List[str]]:
 def module_of(model: nn.Module, name: str) -> nn.Module:
     """The module of this name.
 
+    Args:
+        model: any module.
+        name: as in `model.named_modules()`.
+
+    Returns:
+        The module.
+
     Raises:
-        ValueError: the model has none.
+        ValueError: the model has no such module.
     """
     try:
         return model.get_submodule(name)
@@ -53,7 +70,18 @@ def module_of(model: nn.Module, name: str) -> nn.Module:
 
 
 def check_linear(name: str, linear: Any, size: int, folded: bool = False, meta: bool = False) -> None:
-    """Exactly nn.Linear: quantisation and adapters come as its subclasses, or as wrappers around it."""
+    """Check that a linear is exactly nn.Linear: quantisation and adapters are subclasses of it, or wrappers around it.
+
+    Args:
+        name: for the message.
+        linear: the module.
+        size: the number of columns that its weight must have.
+        folded: whether a gain may have been folded into it.
+        meta: whether its weight may be on the meta device.
+
+    Raises:
+        ValueError: another class, another kind of weight or another size.
+    """
     if type(linear) is not nn.Linear:
         raise ValueError(f"{name}: expected torch.nn.Linear, got {type(linear).__module__}.{type(linear).__name__}")
     weight, kind = linear.weight, type(linear.weight)
@@ -66,5 +94,12 @@ def check_linear(name: str, linear: Any, size: int, folded: bool = False, meta: 
 
 
 def times_used(model: nn.Module) -> Dict[int, int]:
-    """id of a parameter -> in how many places the model has it."""
+    """Count the places of each parameter in a model.
+
+    Args:
+        model: any module.
+
+    Returns:
+        The id of each parameter, with the number of its places.
+    """
     return Counter(id(parameter) for _, parameter in model.named_parameters(remove_duplicate=False))

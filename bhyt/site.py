@@ -50,7 +50,7 @@ class Site(nn.Module):
         Site.reset_parameters(self)
 
     def _register_offset(self, device: Union[torch.device, str, int, None]) -> None:
-        """Exact sites have none."""
+        """Nothing: exact sites have no offset."""
 
     def reset_parameters(self) -> None:
         """weight to 1, lam to the value given at construction."""
@@ -92,11 +92,15 @@ def _size(hidden_size: Any) -> int:
 
 
 def check_rows(x: Tensor, hidden_size: int) -> None:
-    """Whether x is a tensor [..., hidden_size].
+    """Check that x is a tensor [..., hidden_size].
+
+    Args:
+        x: the rows.
+        hidden_size: d.
 
     Raises:
-        TypeError: no tensor.
-        ValueError: another width.
+        TypeError: x is no tensor.
+        ValueError: x has another width.
     """
     if not isinstance(x, Tensor):
         raise TypeError(f"x: expected a tensor [..., {hidden_size}], got {type(x).__name__}")

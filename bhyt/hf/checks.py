@@ -1,4 +1,4 @@
-"""What may be converted: layers, norms and attentions are run, or read, to see what they compute."""
+"""Checks of layers, norms and attentions before a conversion: each is run, or read, to find out what it computes."""
 
 import copy
 from typing import Any, Dict, Tuple
@@ -10,10 +10,16 @@ from bhyt.hf.layer import PARTS, argument_names
 
 
 def check_layer(layer: Any) -> bool:
-    """Whether a layer that computes what layer.py opens with returns a tuple.
+    """Check that a layer computes the two formulas at the top of layer.py.
 
-    It is found out by running its forward with four plain functions in the places of its parts, so that a scaled
-    residual, another order or a changed argument is noticed, whatever the class is called.
+    The check runs the layer's forward with four plain functions in the places of its parts. So it notices a scaled
+    residual, another order or a changed argument, whatever the name of the class.
+
+    Args:
+        layer: a decoder layer.
+
+    Returns:
+        Whether the layer returns a tuple.
 
     Raises:
         ValueError: the layer computes something else, or has further parts.
@@ -54,10 +60,16 @@ def _does_nothing(module: nn.Module) -> bool:
 
 
 def check_norm(norm: Any) -> float:
-    """eps of a norm that computes weight * x / sqrt(mean(x^2) + eps), seen by running it on other weights.
+    """Check that a norm computes weight * x / sqrt(mean(x^2) + eps), by running it with other weights.
+
+    Args:
+        norm: a norm of a decoder.
+
+    Returns:
+        Its eps.
 
     Raises:
-        ValueError: it computes something else: LayerNorm, a gain stored as weight - 1.
+        ValueError: the norm computes something else. LayerNorm does, and so does a gain that is stored as weight - 1.
     """
     name = type(norm).__name__
     if [parameter for parameter, _ in norm.named_parameters()] != ["weight"]:
@@ -76,7 +88,14 @@ def check_norm(norm: Any) -> float:
 
 
 def check_attention(attention: Any) -> None:
-    """c is that of W_V, a mean over positions, and W_O: nothing may lie between them."""
+    """Check that an attention is W_V, a mean over positions and W_O, with nothing between them: c assumes this.
+
+    Args:
+        attention: the attention of a decoder layer.
+
+    Raises:
+        ValueError: the attention lacks a part, or has others.
+    """
     needed, known = ("v_proj", "o_proj", "num_key_value_groups", "head_dim"), ("q_proj", "k_proj", "q_norm", "k_norm")
     wrong = [f"no {name}" for name in needed if not hasattr(attention, name)]
     wrong += [name for name, _ in attention.named_children() if name not in needed + known + ("rotary_emb",)]

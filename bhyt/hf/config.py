@@ -1,4 +1,4 @@
-"""What the config of a BHyT model has beyond its base's: the fields of its sites, and how it is saved."""
+"""The fields of sites that a BHyT model's config adds to its base's, and how this config is saved."""
 
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -20,7 +20,14 @@ _DATACLASSES = hasattr(PretrainedConfig, "__dataclass_fields__")  # since transf
 
 
 def strict(cls: Any) -> Any:
-    """A class decorator: values of a wrong type are an error, as they are for the fields of the base's config."""
+    """A class decorator: values of a wrong type are an error, as for the fields of the base's config.
+
+    Args:
+        cls: a config class.
+
+    Returns:
+        The class, checked where the installed huggingface_hub can check it.
+    """
     return _validated(cls) if _validated is not None and hasattr(cls, "__dataclass_fields__") else cls
 
 
@@ -35,10 +42,10 @@ class SiteFields:
         last_layer_lam: above 0, and not with "bhytstar", the final norm is an exact site with this lam.
         learnable_lam: False makes lam a buffer.
         bhyt_kappa: kappa of every site.
-        bhyt_eps: eps of every site; None takes that of the norms.
+        bhyt_eps: eps of every site; None takes the eps of the norms.
         seq_len: T, the sequence length that the model is built for.
         use_gamma_var: multiply the variance that attention adds by the mean square of the first site's gain.
-        var_approx_exact_layers: so many layers, from the first on, have exact second sites too.
+        var_approx_exact_layers: the number of layers, from the first on, whose second sites are exact too.
     """
 
     norm_type: str = "bhyt"
@@ -59,6 +66,9 @@ _CheckedFields = strict(dataclass(kw_only=True)(type("_CheckedFields", (SiteFiel
 
 def check_types(sites: SiteFields) -> None:
     """Check the type of every field.
+
+    Args:
+        sites: the fields.
 
     Raises:
         ValueError: a field of a wrong type.
@@ -83,12 +93,23 @@ class BHyTConfigMixin(SiteFields):
             vars(self).update(vars(sites))
 
     def site_fields(self) -> SiteFields:
-        """The fields of the sites, by themselves."""
+        """The fields of the sites alone.
+
+        Returns:
+            A new `SiteFields`.
+        """
         return SiteFields(**{name: getattr(self, name) for name in SITE_FIELDS})
 
     @classmethod
     def from_dict(cls, config_dict: Dict[str, Any], **kwargs: Any) -> Any:
-        """As the base's.
+        """Make a config as the base's `from_dict` does.
+
+        Args:
+            config_dict: the fields by name.
+            **kwargs: as the base takes them.
+
+        Returns:
+            The config.
 
         Raises:
             ValueError: the dictionary is the config of another model type.
@@ -101,19 +122,19 @@ class BHyTConfigMixin(SiteFields):
         return super().from_dict(config_dict, **kwargs)  # type: ignore[misc]
 
     def to_dict(self) -> Dict[str, Any]:
-        """As the base's."""
-        tables.extend_imported()  # PEFT asks for this before it looks the model type up
+        """As the base's `to_dict`."""
+        tables.extend_imported()  # PEFT calls to_dict before it looks the model type up
         result: Dict[str, Any] = super().to_dict()  # type: ignore[misc]
         return result
 
     def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
-        """Beside config.json, the lines by which trust_remote_code finds these classes where bhyt is installed."""
+        """As the base's, with the lines by which trust_remote_code finds these classes where bhyt is installed."""
         module = _CODE_FILE.removesuffix(".py")
         self.auto_map = {auto: f"{module}.{name}" for auto, name in tables.class_names(type(self)).items()}
         super().save_pretrained(save_directory, *args, **kwargs)  # type: ignore[misc]
 
     def to_json_file(self, json_file_path: Any, *args: Any, **kwargs: Any) -> None:
-        """The code first: what is pushed to a hub is pushed as soon as config.json is written."""
+        """Write the file that names the classes, then config.json: a push to a hub begins once config.json is there."""
         if Path(json_file_path).name == transformers.CONFIG_NAME:
             names = ", ".join(sorted(set(tables.class_names(type(self)).values())))
             code = '"""A BHyT model (arXiv 2601.09719): needs bhyt, whose classes it names."""'
@@ -122,4 +143,4 @@ class BHyTConfigMixin(SiteFields):
 
     @classmethod
     def register_for_auto_class(cls, auto_class: str = "AutoConfig") -> None:
-        """Nothing: see `BHyTModelMixin.register_for_auto_class`."""
+        """Do nothing: see `BHyTModelMixin.register_for_auto_class`."""

@@ -1,4 +1,4 @@
-"""A model in memory becomes one with BHyT sites; `transformers` loads it from then on as what it is."""
+"""Turns a model in memory into a model with BHyT sites, which `transformers` saves and loads under its own type."""
 
 import warnings
 from typing import Any, Iterator, Optional
@@ -38,31 +38,31 @@ def convert(
         norm_type: "bhyt" or "bhytline": exact first and approximate second sites; "bhytstar": both exact.
         input_layer_lam: initial lam of a layer's first site.
         post_layer_lam: initial lam of a layer's second site.
-        last_layer_lam: above 0, and not with "bhytstar", the final norm becomes an exact site with this lam; otherwise
-            it stays what it is.
+        last_layer_lam: above 0, and not with "bhytstar", the final norm becomes an exact site with this lam. Otherwise
+            it stays RMSNorm.
         learnable_lam: False makes lam a buffer.
         kappa: see `bhyt.BHyT`.
-        eps: of the sites; None takes that of the norms.
+        eps: eps of the sites; None takes the eps of the norms.
         seq_len: T, the sequence length the model is built for; needed for approximate sites unless
             `model.config.seq_len` gives it. It is never taken from a batch.
         use_gamma_var: multiply the variance that attention adds by the mean square of the first site's gain, as the
-            authors' option of this name does; None: when unit_gains is given, whose gains are far from 1.
-        exact_layers: so many layers from the first on get exact second sites too. 1 costs one reduction per model,
-            and does without the approximation where it fails: small embeddings in front of the first attention.
-        unit_gains: multiply each gain by kappa / lam. A new model's sub-layers then read rows whose root mean square is
-            about 1, as from RMSNorm, and in the study such models end below RMSNorm's loss; the paper starts at 1, and
-            so does the default, by which a config means the same model everywhere. For small arguments a site is then
-            the RMSNorm it replaces: the first deviation is -(lam/kappa)^2 / 3 (x/rms)^2 relative. So a model that was
-            trained with RMSNorm keeps most of its quality, but with exact sites ("bhytstar") only: trained attention
-            adds more variance than the others assume. The bound of an output is kappa / lam, not 1.
+            authors' option of this name does. None: True with unit_gains, whose gains are far from 1.
+        exact_layers: the number of layers, from the first on, whose second sites are exact too. 1 costs one reduction
+            per model. It avoids the approximation where that fails: behind small embeddings.
+        unit_gains: multiply each gain by kappa / lam. The default is the paper's start, so that a config means the same
+            model everywhere. With True a new model's sub-layers read rows whose root mean square is about 1, as from
+            RMSNorm. In the study such models end below RMSNorm's loss. For small arguments a site is then the RMSNorm
+            that it replaces: the first deviation is -(lam/kappa)^2 / 3 (x/rms)^2, relative. So a model that was trained
+            with RMSNorm keeps most of its quality, but with exact sites ("bhytstar") only: trained attention adds more
+            variance than approximate sites assume. The bound of an output is kappa / lam, not 1.
 
     Returns:
         The number of sites.
 
     Raises:
-        ValueError: another norm_type; no seq_len; exact_layers below 0; a model that is converted already, or was saved
-            as one and loaded as something else; one of another family, without a layer that fits, or that computes
-            something else than is assumed above. Nothing has been changed then.
+        ValueError: another norm_type; no seq_len; exact_layers below 0; a model that has been converted already; a
+            model that was saved with sites and loaded as a plain one; a model of another family; a model without a
+            layer that fits; a layer, norm or attention that computes something else. The model is then unchanged.
     """
     config = _config_of(model)
     if isinstance(config, BHyTConfigMixin):
@@ -97,14 +97,21 @@ def convert(
 
 
 def _config_of(model: nn.Module) -> Any:
-    """That of the transformers model that holds the layers; of a decoder inside a larger model, the decoder's own."""
+    """The config of the transformers model that holds the layers: of a decoder in a larger model, the decoder's own."""
     models = [module for module in model.modules() if isinstance(module, PreTrainedModel)]
     holders = [module for module in models if any(decoder_layers(module))]
     return holders[-1].config if holders else getattr(model, "config", None)
 
 
 def converted_layers(model: nn.Module) -> Iterator[ConvertedLayer]:
-    """The layers of a model that have sites, in the model's order."""
+    """The layers of a model that have sites, in the model's order.
+
+    Args:
+        model: any model.
+
+    Returns:
+        An iterator.
+    """
     return (module for module in model.modules() if isinstance(module, ConvertedLayer))
 
 

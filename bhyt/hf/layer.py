@@ -1,4 +1,4 @@
-"""The decoder layer with two norms, and what its forward is with BHyT sites.
+"""The decoder layer with two norms, and its forward with BHyT sites.
 
     h = x + self_attn(input_layernorm(x))
     y = h + mlp(post_attention_layernorm(h))
@@ -28,15 +28,15 @@ class ConvertedLayer(nn.Module):
     post_attention_layernorm: Any
     mlp: Any
     config: Any  # has seq_len and use_gamma_var
-    approximate: bool  # the second site; a wrapper in its place may hide which it is
-    offset_adapters: Tuple[Any, ...] = ()  # those on W_V and W_O for which the offset was computed
+    approximate: bool  # whether the second site is approximate: a wrapper in its place may hide it
+    offset_adapters: Tuple[Any, ...] = ()  # the adapters on W_V and W_O for which the offset was computed
     _offset: LayerOffset
     returns_tuple: bool  # (hidden_states, ...), as transformers before 4.54 do
-    _argument_names: Tuple[str, ...]  # of the layer's forward, behind hidden_states
+    _argument_names: Tuple[str, ...]  # the arguments of the layer's forward, behind hidden_states
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        if ConvertedLayer in cls.__bases__:  # not what FSDP2 derives
+        if ConvertedLayer in cls.__bases__:  # not for the classes that FSDP2 derives
             base = cls.__bases__[-1]
             _LAYERS[base], cls._argument_names = cls, argument_names(base)
 
@@ -54,7 +54,7 @@ class ConvertedLayer(nn.Module):
         kwargs.update(zip(self._argument_names, args))
         if self.approximate:
             more = None
-            if not torch.compiler.is_compiling():  # nothing is looked at inside a compiled graph
+            if not torch.compiler.is_compiling():  # a compiled graph does not look at the tensors
                 more = self.offset.settle(self)
             elif self.offset_adapters != active_adapters(self.self_attn):
                 more = _settle_outside(self)
@@ -80,7 +80,7 @@ class ConvertedLayer(nn.Module):
         return self._offset
 
     def settle(self) -> None:
-        """Compute an offset that is missing, or is not that of the weights, if the weights are here."""
+        """Compute the offset if it is missing or does not belong to the weights, and the weights are here."""
         if self.approximate and not any(p.is_meta for p in self.self_attn.parameters()):
             self.offset.settle(self)
 
@@ -113,7 +113,12 @@ class ConvertedLayer(nn.Module):
 
 
 def after_loading(layer: ConvertedLayer, incompatible_keys: Any) -> None:
-    """A hook behind load_state_dict: an offset that came with weights is theirs."""
+    """A hook behind load_state_dict: an offset that came with weights belongs to them.
+
+    Args:
+        layer: the layer that was loaded.
+        incompatible_keys: torch's, not used.
+    """
     if not layer.approximate:
         return
     if active_site(layer.post_attention_layernorm).offset_given:
@@ -124,23 +129,44 @@ def after_loading(layer: ConvertedLayer, incompatible_keys: Any) -> None:
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]
 def _settle_outside(layer: ConvertedLayer) -> Optional[Tensor]:
-    """Leaves a compiled graph: other adapters are active than those of the offset."""
+    """Leaves a compiled graph, since the active adapters are not those of the offset."""
     return layer.offset.settle(layer)
 
 
 def layer_class(base: Any) -> Any:
-    """The family's class in front of `base`, of the same name, which wrapping policies look for; or one made now."""
+    """The class of a converted layer. It has the name of its base, since wrapping policies go by names.
+
+    Args:
+        base: a layer class of transformers.
+
+    Returns:
+        The family's class in front of `base`, or a class made now.
+    """
     return _LAYERS.get(base) or type(base.__name__, (ConvertedLayer, base), {})
 
 
 def argument_names(layer_class: Any) -> Tuple[str, ...]:
-    """The arguments of a layer's forward behind hidden_states, in order."""
+    """The arguments of a layer's forward behind hidden_states.
+
+    Args:
+        layer_class: a layer class of transformers.
+
+    Returns:
+        Their names, in order.
+    """
     parameters = inspect.signature(layer_class.forward).parameters.values()
     return tuple(p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD)[2:]
 
 
 def decoder_layers(model: nn.Module) -> Iterator[Any]:
-    """The modules of a model that have the four parts of a decoder layer."""
+    """The modules of a model that have the four parts of a decoder layer.
+
+    Args:
+        model: any model.
+
+    Yields:
+        Each layer, in the model's order.
+    """
     for module in model.modules():
         if all(isinstance(getattr(module, name, None), nn.Module) for name in PARTS):
             yield module

@@ -1,4 +1,4 @@
-"""Folders that do not name a BHyT model type: the authors' checkpoints, and what earlier releases here saved."""
+"""Loads folders that do not name a BHyT model type: the authors' checkpoints, and folders of bhyt 0.1."""
 
 from typing import Any
 
@@ -17,11 +17,11 @@ _AUTHORS_DEFAULTS = {
 
 
 def from_pretrained(path: Any, **options: Any) -> Any:
-    """A causal language model with the sites its config describes, whatever model type it names.
+    """Load a causal language model with the sites that its config describes, whatever model type it names.
 
-    `AutoModelForCausalLM.from_pretrained` does the same for folders that this release has saved, and loads these too;
-    needed where config.json has a plain model type beside a norm_type: earlier releases, the authors' checkpoints.
-    Offsets that are not in the weights are computed from them.
+    It is needed where config.json has a plain model type beside a norm_type, as the authors' checkpoints and folders of
+    bhyt 0.1 have. Folders of this release need `AutoModelForCausalLM.from_pretrained` only, and load here too. Offsets
+    that are not in the weights are computed from them.
 
     Args:
         path: a folder, or the name of a repository on a hub.
@@ -58,9 +58,9 @@ def _translated(config: Any) -> Any:
 
 
 def load_authors_checkpoint(path: Any, **options: Any) -> Any:
-    """A running model from the authors' config and weights; their parameter names are those of a converted model.
+    """Load a model from the authors' config and weights, whose parameters have the names of a converted model's.
 
-    As `from_pretrained`, but fields that their code knows and bhyt does not compute raise.
+    The function does what `from_pretrained` does, and raises for fields of the authors that bhyt does not compute.
 
     Args:
         path: a folder, or the name of a repository on a hub.
@@ -70,8 +70,10 @@ def load_authors_checkpoint(path: Any, **options: Any) -> Any:
         The model, which saves as any converted model.
 
     Raises:
-        NotImplementedError: the config asks for one of them: sites in some layers only, kappa by depth, other
+        NotImplementedError: the config asks for such a field: sites in some layers only, kappa by depth, other
             approximations of the variance.
+        ValueError: as from `from_pretrained`.
+        RuntimeError: as from `from_pretrained`.
     """
     config = AutoConfig.from_pretrained(path, **{name: options[name] for name in _HUB_OPTIONS if name in options})
     for field, default in _AUTHORS_DEFAULTS.items():

@@ -1,4 +1,4 @@
-"""What a BHyT model is beyond its base: sites in the places of norms, put in when it is built from its config.
+"""BHyT models: their bases with sites in the places of norms, put in when a model is built from its config.
 
 `bhyt_llama` is to `llama` what `BHyTLlamaForCausalLM` is to `LlamaForCausalLM`: the same class, whose norms become
 sites. All loading is done by `transformers`. The families are in `bhyt.hf.families`.
@@ -50,7 +50,7 @@ class BHyTModelMixin(nn.Module):
             )
         super().__init__(config, *args, **kwargs)
         if any(isinstance(module, ConvertedLayer) for module in self.modules()):
-            return  # a head's body has them already
+            return  # this model has a head, and its body has the sites already
         Plan(self, config.site_fields()).install(config)
         adopt(self, config)
         quantized = getattr(config, "bhyt_quantization", None)  # what bhyt.quantization.quantize noted
@@ -61,14 +61,14 @@ class BHyTModelMixin(nn.Module):
         self._keep_in_float32()
 
     def _keep_in_float32(self) -> None:
-        """Buffers that are float32 in the file, when loaded as another dtype. transformers 4 keeps each dtype."""
+        """Keep offsets and scales in float32 when the model loads as another dtype. transformers 4 does so anyway."""
         kept = getattr(self, "_keep_in_fp32_modules_strict", None)
         if isinstance(kept, set):
             buffers = [name for name, _ in self.named_buffers()]
             kept |= {name for name in (_OFFSET, _WEIGHT_SCALE) if any(b.endswith(name) for b in buffers)}
 
     def _init_weights(self, module: Any) -> None:
-        """For what a checkpoint lacks; transformers sees to it that what it has is left alone."""
+        """Initialise a module that a checkpoint lacks. transformers protects the tensors that were loaded."""
         if isinstance(module, (BHyT, BHyTApprox)):
             module.reset_parameters()
         else:
@@ -80,7 +80,7 @@ class BHyTModelMixin(nn.Module):
         settle(self)
 
     def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
-        """As the base's, after offsets that are not set were computed from the weights."""
+        """Compute offsets that are not set from the weights, then save as the base does."""
         settle(self)
         super().save_pretrained(*args, **kwargs)  # type: ignore[misc]
 
@@ -88,7 +88,7 @@ class BHyTModelMixin(nn.Module):
     def from_pretrained(
         cls, pretrained_model_name_or_path: Any = None, *args: Any, output_loading_info: bool = False, **kwargs: Any
     ) -> Any:
-        """As the base's. Offsets that the files lack are computed from the weights.
+        """Load as the base does. Offsets that the files lack are computed from the weights.
 
         Args:
             pretrained_model_name_or_path: a folder, or the name of a repository on a hub.
@@ -117,9 +117,9 @@ class BHyTModelMixin(nn.Module):
 
     @classmethod
     def register_for_auto_class(cls, auto_class: str = "AutoModel") -> None:
-        """Nothing: it would copy this package's source beside the weights; the config writes what is needed."""
+        """Do nothing: the base would copy this package's source beside the weights. The config writes all it needs."""
 
-    # Answered by a look at the source of the class that is asked.
+    # transformers looks at the source of the class, so the base is asked.
     @classmethod
     def _can_set_attn_implementation(cls) -> bool:
         return bool(cls._base._can_set_attn_implementation())
@@ -130,7 +130,11 @@ class BHyTModelMixin(nn.Module):
 
 
 def settle(model: nn.Module) -> None:
-    """Offsets that came with the weights stay; those that did not follow from the weights, if these are here."""
+    """Compute the offsets that did not come with the weights, if the weights are here.
+
+    Args:
+        model: any model with converted layers.
+    """
     for layer in model.modules():
         if isinstance(layer, ConvertedLayer) and layer.approximate:
             site = active_site(layer.post_attention_layernorm)
@@ -140,22 +144,27 @@ def settle(model: nn.Module) -> None:
 
 
 def adopt(model: nn.Module, config: Any) -> None:
-    """Make every transformers model of this config in `model` an instance of its BHyT class."""
+    """Make every transformers model of this config in `model` an instance of its BHyT class.
+
+    Args:
+        model: the model that holds them, which may be one of them.
+        config: the BHyT config.
+    """
     for module in model.modules():
         if isinstance(module, PreTrainedModel) and module.config is config and not isinstance(module, BHyTModelMixin):
             module.__class__ = _class_in_front_of(type(module), type(config))
-            vars(module).pop("_weight_conversions", None)  # how the plain model was loaded, and would be saved
+            vars(module).pop("_weight_conversions", None)  # from the plain model's load; saving would use them
             _note_outputs(module)
 
 
 def _class_in_front_of(base: Any, config: Any) -> Any:
-    """The family's class, or one made now for a model class of somebody else's."""
+    """The family's class, or a class made now for a model class of another package."""
     made = _MODELS.get(base)
     return made or type(f"BHyT{base.__name__}", (BHyTModelMixin, base), {"config_class": config})
 
 
 def _note_outputs(model: Any) -> None:
-    """What output_attentions and the like record is looked up by class, for classes whose __init__ has run."""
+    """Tell transformers which outputs the class records (output_attentions, ..): an __init__ does so otherwise."""
     registry: Any = getattr(modeling_utils, "_CAN_RECORD_REGISTRY", None)
     if registry is not None:
         registry[str(type(model)) if type(registry) is dict else model] = model._can_record_outputs

@@ -18,9 +18,9 @@ from bhyt.modules import offset_of
 
 
 def _is_its_own(layer: Any) -> bool:
-    """Whether the layer's weights are W_V and W_O, and its own. Otherwise the offset stays as computed or loaded."""
+    """Whether the layer has W_V and W_O, and they are its own. Otherwise the offset stays as computed or loaded."""
     if torch._C._are_functorch_transforms_active() or getattr(layer, "_is_replica", False):
-        return False  # a transform's, or nn.DataParallel's
+        return False  # the weights are a transform's, or nn.DataParallel's
     return not hasattr(active_site(layer.input_layernorm), "gain_folded") and _has_projections(layer.self_attn)
 
 
@@ -78,9 +78,9 @@ def _compute(layer: Any, adapter: Optional[str] = None) -> Tensor:
 
 
 class LayerOffset:
-    """Keeps the offset of one layer's approximate site in step with the layer; a value for each set of active adapters.
+    """Keeps the offset of one layer's approximate site in step with the layer: a value for each set of active adapters.
 
-    A value lies in a buffer of its own, so that exchanging adapters exchanges buffers: nothing is computed anew, and no
+    Each value has a buffer of its own. So exchanging adapters exchanges buffers: nothing is computed anew, and no
     tensor that a graph has saved is written.
     """
 
@@ -105,7 +105,10 @@ class LayerOffset:
         return self._current.is_fresh() and self._current.sources.same_modules()
 
     def settle(self, layer: Any) -> Optional[Tensor]:
-        """Make the buffer hold the offset of the layer as it is; in training, of the active adapters.
+        """Make the buffer hold the offset of the layer as it is; in training, the offset of the active adapters.
+
+        Args:
+            layer: the decoder layer.
 
         Returns:
             For a batch whose rows run with adapters of their own (PEFT's adapter_names), the difference of their
@@ -174,7 +177,7 @@ class LayerOffset:
         return more
 
     def _note(self, layer: Any, sources: Sources, known: bool = True) -> None:
-        """Take the offset in the buffer for that of these sources."""
+        """Note that the offset in the buffer belongs to these sources."""
         self._current = self._values[sources.adapters] = _Value(sources, known)
         self._stale, sources.second.offset_given = False, False
         layer.offset_adapters = active_adapters(layer.self_attn)
@@ -182,22 +185,25 @@ class LayerOffset:
     def refresh(self, layer: Any) -> None:
         """Compute the offset from the layer as it is.
 
+        Args:
+            layer: the decoder layer.
+
         Raises:
             RuntimeError: the first site's gain is folded (see `bhyt.fold_gain`); a weight has not been loaded (meta).
         """
         offset, sources = _compute(layer), Sources(layer)
         site = sources.second
         if self._current is not None and self._current.sources.adapters != sources.adapters:
-            with torch.inference_mode(False):  # the buffer at hand is that of other adapters
+            with torch.inference_mode(False):  # the buffer at hand belongs to other adapters
                 site.variance_offset = torch.empty_like(site.variance_offset)
         site.set_variance_offset(offset)
         self._values = {key: value for key, value in self._values.items() if value.is_fresh()}
         self._note(layer, sources)
 
     def trust(self, layer: Any, known: bool = True) -> None:
-        """Take the offset in the buffer, if there is one, for that of the layer as it is.
+        """Note that the offset in the buffer, if there is one, belongs to the layer as it is.
 
-        Both were loaded, moved or copied together.
+        The two were loaded, moved or copied together.
 
         Args:
             layer: the decoder layer.
@@ -208,8 +214,9 @@ class LayerOffset:
             self._note(layer, Sources(layer), known)
 
     def look(self) -> None:
-        """Note that something has changed, for the next call in eval mode: what has may not be seen there any more.
+        """Look at the tensors now. If they have changed, the next call in eval mode computes the offset.
 
+        That call may not see the change any more.
         FSDP2 shows the sharded weights, which training has written, between calls only; PEFT adds a merged adapter to a
         weight through `tensor.data`.
         """

@@ -13,9 +13,15 @@ _PLAIN = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def matrix_of(projection: Any, dtype: torch.dtype, adapter: Optional[str] = None) -> Tensor:
-    """[out, in]: a linear's weight; with adapters or quantised, the matrix that the projection as a whole is.
+    """The matrix by which a projection multiplies.
 
-    adapter: the one to run instead of those that are active, if the projection has PEFT's adapters.
+    Args:
+        projection: a linear, or a linear with adapters, or a quantised one.
+        dtype: of the rows that a projection with adapters, or a quantised one, is run on.
+        adapter: the adapter to run instead of the active ones, if the projection has PEFT's adapters.
+
+    Returns:
+        [out, in]: a linear's own weight; otherwise the matrix of the projection as a whole.
     """
     if isinstance(projection, nn.Linear):
         weight = whole(projection.weight)
@@ -38,7 +44,10 @@ def matrix_of(projection: Any, dtype: torch.dtype, adapter: Optional[str] = None
 
 @contextlib.contextmanager
 def present(*owners: nn.Module) -> Iterator[None]:
-    """Inside, weights that DeepSpeed's ZeRO-3 has partitioned are whole, and those accelerate offloads are here.
+    """Inside, weights that DeepSpeed's ZeRO-3 has partitioned are whole, and weights that accelerate offloads are here.
+
+    Args:
+        *owners: the modules that have the weights.
 
     Raises:
         RuntimeError: a weight has not been loaded (meta).
@@ -60,7 +69,17 @@ def present(*owners: nn.Module) -> Iterator[None]:
 
 
 def active_site(module: Any) -> Any:
-    """The site that a module runs: the module itself or, in PEFT's wrappers, the active adapter's copy of it."""
+    """The site that a module runs.
+
+    Args:
+        module: a site, or PEFT's wrapper of one.
+
+    Returns:
+        The module itself or, in a wrapper, the active adapter's copy of the site.
+
+    Raises:
+        TypeError: the module is neither.
+    """
     if isinstance(module, (BHyT, BHyTApprox)):
         return module
     copies: Any = getattr(module, "modules_to_save", None) or getattr(module, "ln_tuning_layers", None)
@@ -73,7 +92,14 @@ def active_site(module: Any) -> Any:
 
 
 def active_adapters(attention: Any) -> Tuple[Hashable, ...]:
-    """PEFT's adapters that W_V and W_O are computed with now, and those merged into them, by name."""
+    """PEFT's adapters that are active on W_V and W_O, and the adapters that are merged into them.
+
+    Args:
+        attention: the attention of a decoder layer.
+
+    Returns:
+        For each of the two that has adapters: the names of both kinds.
+    """
     projections = [getattr(attention, name, None) for name in ("v_proj", "o_proj")]  # engines merge q, k and v
     return tuple(_adapters(p) for p in projections if hasattr(p, "disable_adapters"))
 
@@ -88,7 +114,13 @@ def _names(adapters: Any) -> Iterable[str]:
 
 
 def adapters_of_rows(*modules: Any) -> Optional[List[str]]:
-    """The adapter that PEFT has been asked to run each row of the batch with ("__base__" for none), or None.
+    """The adapter that PEFT has been asked to run each row of the batch with.
+
+    Args:
+        *modules: PEFT's modules of a layer.
+
+    Returns:
+        A name for each row, "__base__" for no adapter; None where the whole batch has the active adapters.
 
     Raises:
         NotImplementedError: an adapter for a part of each row's positions only.

@@ -1,4 +1,4 @@
-"""Which sites a model gets: what its config says of them, and putting them in the places of its norms."""
+"""The sites that a model gets by its config, and how they take the places of its norms."""
 
 from dataclasses import replace
 from typing import Any, List
@@ -15,14 +15,18 @@ NORM_TYPES = ("bhyt", "bhytline", "bhytstar")
 
 
 class Plan:
-    """The sites of a model that has none yet, everything checked and nothing changed.
+    """The sites of a model that has none yet: everything is checked and nothing is changed.
+
+    Args:
+        model: a decoder of transformers.
+        fields: the fields of the sites.
 
     Attributes:
         fields: as given, eps filled in.
-        norms: those that sites will replace.
+        norms: the norms that sites will replace.
 
     Raises:
-        ValueError: fields that mean nothing, or a model that computes something else than layer.py opens with.
+        ValueError: a field out of range, or a layer that does not compute the formulas at the top of layer.py.
     """
 
     def __init__(self, model: nn.Module, fields: SiteFields) -> None:
@@ -55,7 +59,15 @@ class Plan:
         self.fields = fields if fields.bhyt_eps is not None else replace(fields, bhyt_eps=eps[0])
 
     def install(self, config: Any, unit_gains: bool = False) -> int:
-        """Put the sites in, with the norms' gains; `config` is what the layers will read. Returns their number."""
+        """Put the sites in, with the norms' gains.
+
+        Args:
+            config: the config that the layers will read.
+            unit_gains: multiply each gain by kappa / lam.
+
+        Returns:
+            The number of sites.
+        """
         fields = self.fields
         for layer, returns_tuple in zip(self._layers, self._return_tuples):
             layer.config, layer.approximate, layer.returns_tuple = config, layer in self._approximate, returns_tuple

@@ -1,9 +1,9 @@
-"""What the variance offset of a layer was computed from, and whether that is still what the layer has.
+"""The sources from which the variance offset of a layer was computed, and whether the layer still has them.
 
 Tensors are told apart by identity, version counter and memory; modules by identity; PEFT's adapters by name and
-scaling. A look costs about a microsecond for plain linears, some more for adapters. No weak reference is made to a
-tensor, since `torch.utils.swap_tensors` refuses tensors that have one; one to its storage tells that memory has been
-freed, and may be another tensor's now.
+scaling. A look costs about a microsecond for plain linears, some more for adapters. A weak reference to a storage tells
+that its memory has been freed, and may belong to another tensor now. There is no weak reference to a tensor, since
+`torch.utils.swap_tensors` refuses tensors that have one.
 """
 
 import weakref
@@ -18,12 +18,16 @@ _Place = Tuple[Dict[str, Any], str]  # the dictionary in which a module keeps a 
 
 
 class Sources:
-    """
+    """The tensors, modules and adapters behind the offset of one layer.
+
+    Args:
+        layer: the decoder layer.
+
     Attributes:
-        second: the site whose offset it is.
+        second: the site that has the offset.
         adapters: PEFT's active and merged adapters, and the sites that are active with them; empty without PEFT.
         wrapped: PEFT's modules among projections and norms.
-        absent: a tensor is not here: offloaded, or not loaded yet.
+        absent: whether a tensor is not here: offloaded, or not loaded yet.
     """
 
     def __init__(self, layer: Any) -> None:
@@ -65,7 +69,7 @@ class Sources:
         return (*active_adapters(self._attention), *sites)
 
     def same_modules(self) -> bool:
-        """Whether the modules of the weights are those of before."""
+        """Whether the modules of the weights are the same as before."""
         try:
             for children, pick, before in self._children:
                 if pick(children) != before:
@@ -75,17 +79,17 @@ class Sources:
         return True
 
     def same_adapters(self) -> bool:
-        """Whether the active adapters and their scalings are those of before."""
+        """Whether the active adapters and their scalings are the same as before."""
         return not self.wrapped or self.adapters == self._adapters()
 
     def same_tensors(self) -> bool:
-        """Whether the tensors are those of before, and have not been written to."""
+        """Whether the tensors are the same as before, and have not been written to."""
         try:
             for place, name, identity, version, address, memory in self._tensors:
                 now = place[name]
                 if id(now) != identity or now._version != version or now.data_ptr() != address or memory() is None:
                     return False
-        except (KeyError, AttributeError, RuntimeError):  # it is gone, None, or without a version
+        except (KeyError, AttributeError, RuntimeError):  # a tensor is gone, None, or without a version
             return False
         for other in self._others:
             if not other.is_same():
@@ -103,7 +107,7 @@ class _Other:
         self._sharded = tensor if hasattr(tensor, "full_tensor") else None
 
     def is_same(self) -> bool:
-        # FSDP2 puts another tensor in a sharded one's place while the layer runs: the sharded one tells.
+        # FSDP2 puts another tensor in a sharded one's place while the layer runs, so the sharded one is looked at.
         now = self._place.get(self._name) if self._sharded is None else self._sharded
         if now is None or id(now) != self._identity or self._memory() is None:
             return False

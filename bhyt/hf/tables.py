@@ -1,4 +1,4 @@
-"""What transformers and PEFT look up by a model's type or class name: a BHyT family has what its base has.
+"""Tables that transformers and PEFT look up by a model's type or class name: a BHyT family has its base's entries.
 
 The rule: every table (dictionary, list or set) of the modules below that has an entry for the base's model type gets
 the same entry for BHyT's model type; names and classes of models become BHyT's. tests/hf/test_hf_tables.py walks the
@@ -40,13 +40,27 @@ _extended: List[str] = []
 
 
 def base_type(config: Any) -> str:
-    """The model type of a BHyT config's base."""
+    """The model type of a BHyT config's base.
+
+    Args:
+        config: a BHyT config class.
+
+    Returns:
+        Such as "llama".
+    """
     name: str = config.model_type
     return name.removeprefix("bhyt_")
 
 
 def class_names(config: Any) -> Dict[str, str]:
-    """Auto class -> the name of this family's class for it."""
+    """The names of a family's classes.
+
+    Args:
+        config: the family's config class.
+
+    Returns:
+        For the name of each Auto class the name of the family's class.
+    """
     names = {"AutoConfig": config.__name__}
     for auto_class in _auto_classes():
         found = auto_class._model_mapping._model_mapping.get(base_type(config))
@@ -66,7 +80,12 @@ def _is_left_out(auto_class: Any) -> bool:
 
 
 def register(config: Any, classes: Dict[str, Any]) -> None:
-    """Make transformers know a family. classes: by name."""
+    """Make a family known to transformers.
+
+    Args:
+        config: its config class.
+        classes: its classes by name.
+    """
     base = base_type(config)
     base_config = configuration_auto.CONFIG_MAPPING[base]
     _families[base] = config

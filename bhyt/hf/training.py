@@ -1,4 +1,4 @@
-"""Training with `transformers.Trainer`: the callback that keeps the constants in step with the weights."""
+"""Training with `transformers.Trainer`: the callback that keeps the offsets in step with the weights."""
 
 from typing import Any
 
@@ -11,8 +11,8 @@ from bhyt.hf.projections import active_site
 def refresh_callback(every: int = 10) -> Any:
     """Make a `transformers.TrainerCallback` that refreshes the offsets while a model trains.
 
-    It refreshes before the first optimizer step, every so many steps, before each evaluation, and after the last step
-    (`Trainer` may have loaded the best weights then). A resumed run goes on with the offsets that were saved, as if it
+    It refreshes before the first optimizer step, every `every` steps, before each evaluation, and after the last step,
+    when `Trainer` may have loaded the best weights. A resumed run goes on with the offsets that were saved, as if it
     had not stopped.
 
     Args:
@@ -41,7 +41,7 @@ def refresh_callback(every: int = 10) -> Any:
                 refresh(model)
 
         def on_epoch_end(self, args: Any, state: Any, control: Any, model: nn.Module, **kwargs: Any) -> None:
-            if control.should_evaluate:  # an eager model would see to it; a compiled one looks at nothing
+            if control.should_evaluate:  # a compiled model does not look at its weights, as an eager one does
                 refresh(model)
 
         def on_train_end(self, args: Any, state: Any, control: Any, model: nn.Module, **kwargs: Any) -> None:

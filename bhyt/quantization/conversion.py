@@ -1,4 +1,4 @@
-"""A float model becomes an eight-bit one."""
+"""Turns a float model into an eight-bit model."""
 
 from typing import Any, Dict, List, Mapping, Optional, Sequence
 
@@ -36,18 +36,19 @@ def quantize(
     Args:
         model: converted by `bhyt.hf.convert`, or with sites used by hand.
         dtype: int8, or float8_e4m3fn on CUDA devices whose matrix products take it (compute capability 8.9 and newer).
-        readers: as for `bhyt.fold_gain`: for each site by name, the names of all linears that read it. None: by the
-            names of Llama's modules.
-        others: last names of further linears; one that no module has is an error, but for Llama's three.
+        readers: as for `bhyt.fold_gain`: for each site by name, the names of all linears that read it. None: the
+            readers are found by the names of Llama's modules.
+        others: the last parts of the names of further linears. A name that no module has is an error. Llama's three
+            names may be absent.
 
     Returns:
         The number of linears.
 
     Raises:
-        ValueError: another dtype, or one that the device lacks; a model without sites whose readers are known; a site
-            that is quantised already, or whose offset has not been set; a linear that is not a plain torch.nn.Linear,
-            is read by two sites, or tied to another module; a name in `others` that nothing has. Nothing has been
-            changed then.
+        ValueError: another dtype, or a dtype that the device lacks; a model without sites whose readers are known; a
+            site that is quantised already, or whose offset has not been set; a linear that is not a plain
+            torch.nn.Linear, reads two sites, or is tied to another module; a name in `others` that no module has. The
+            model is then unchanged.
     """
     pairs = decoder_readers(model) if readers is None else readers
     linears = _checked(model, pairs, others, dtype)
@@ -70,10 +71,10 @@ def quantize(
 def quantized_as(
     model: nn.Module, dtype: str, readers: Optional[Mapping[str, Sequence[str]]], others: List[str]
 ) -> None:
-    """Do to a model that is about to load eight-bit weights what `quantize` noted in its config.
+    """Give a model that is about to load eight-bit weights the modules that `quantize` noted in its config.
 
     Args:
-        model: with BHyT sites, its weights not loaded yet.
+        model: a model with BHyT sites, whose weights are not loaded yet.
         dtype: "int8" or "float8_e4m3fn".
         readers: as for `quantize`.
         others: as for `quantize`.

@@ -8,14 +8,14 @@ from torch import Tensor, nn
 
 # The largest number of each dtype, which the largest weight of a row and |y| = 1 become.
 LARGEST = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0}
-_FEWEST_ROWS = 17  # that torch._int_mm takes on CUDA
+_FEWEST_ROWS = 17  # torch._int_mm takes no fewer on CUDA
 # An x86 CPU without VNNI has no int8 dot product that does not overflow: torch._int_mm is a plain loop there.
 _PLAIN_LOOP = platform.machine() == "x86_64" and not getattr(torch.cpu, "_is_vnni_supported", lambda: True)()
 _EXACT = 1024  # 1024 * 128 * 127 < 2^24: float32 adds so many products of two int8 exactly
 
 
 def _quantized_rows(x: Tensor, dtype: torch.dtype) -> Tuple[Tensor, Tensor]:
-    """(q, scale [rows, 1]): each row over its largest magnitude, which becomes that of dtype; q * scale is about x."""
+    """(q, scale [rows, 1]): q * scale is about x. The largest magnitude of a row becomes the largest of dtype."""
     x = x.float()
     scale = x.abs().amax(-1, keepdim=True).clamp_min_(torch.finfo(torch.float32).tiny).div_(LARGEST[dtype])
     q = x / scale
@@ -53,8 +53,9 @@ class QuantizedLinear(nn.Module):
     Args:
         linear: the linear to replace.
         dtype: int8 or float8_e4m3fn.
-        input_scale: of the integers that a site writes; None: x is floating, and quantised here with a scale per row.
-        gain: [in_features], multiplied into the columns of W; None: 1.
+        input_scale: the scale of the integers that a site writes. None: x is floating, and is quantised here with a
+            scale per row.
+        gain: [in_features], multiplied into the columns of W. None: 1.
 
     Attributes:
         weight: [out_features, in_features] of dtype.
@@ -90,7 +91,7 @@ class QuantizedLinear(nn.Module):
                 otherwise in x's dtype.
 
         Raises:
-            TypeError: x has not the dtype that the site writes.
+            TypeError: x does not have the dtype that the site writes.
         """
         if self.input_scale is None:
             rows, row_scale = _quantized_rows(x.reshape(-1, self.in_features), self.weight.dtype)

@@ -1,4 +1,4 @@
-"""Sites that hand their linears eight bits."""
+"""Sites that give their linears eight bits."""
 
 from typing import Any, Optional, Tuple
 
@@ -11,7 +11,7 @@ from bhyt.site import check_rows
 
 
 class QuantizedSite(nn.Module):
-    """Mixed into a site's class: its y is `quantized_dtype`, of one scale."""
+    """Mixed into a site's class: its y has `quantized_dtype`, with one scale."""
 
     hidden_size: int
     quantized_dtype: torch.dtype
@@ -33,7 +33,7 @@ class QuantizedSite(nn.Module):
 class QuantizedBHyT(QuantizedSite, BHyT):
     """An exact site whose y is in eight bits: `bhyt.functional.forward_quantized`. Made by `quantize`.
 
-    Calls take and return what those of `bhyt.BHyT` do, y being q of `quantized_dtype` with the scale `scale`.
+    Calls take and return the same as calls of `bhyt.BHyT`, but y is q of `quantized_dtype` with scale `scale`.
 
     Raises:
         RuntimeError: called in training mode.
@@ -53,7 +53,7 @@ class QuantizedBHyT(QuantizedSite, BHyT):
 class QuantizedBHyTApprox(QuantizedSite, BHyTApprox):
     """An approximate site whose y is in eight bits: `bhyt.functional.forward_approx_quantized`. Made by `quantize`.
 
-    Calls take and return what those of `bhyt.BHyTApprox` do, y being q of `quantized_dtype` with the scale `scale`.
+    Calls take and return the same as calls of `bhyt.BHyTApprox`, but y is q of `quantized_dtype` with scale `scale`.
 
     Raises:
         RuntimeError: called in training mode, or before the offset was set.

@@ -28,8 +28,14 @@ FAMILIES = tuple(CONFIGS)
 def config_class(model_type: str) -> Any:
     """The config class of bhyt_{model_type}.
 
+    Args:
+        model_type: of the base, such as "llama".
+
+    Returns:
+        The class.
+
     Raises:
-        ValueError: a model type that has none.
+        ValueError: the model type has none.
     """
     if model_type not in CONFIGS:
         raise ValueError(
