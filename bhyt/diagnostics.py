@@ -60,6 +60,9 @@ class Record:
 
     Sites that were not called are left out. Iterating, printing and plotting wait for the device. A record can be read
     in the context and after it.
+
+    Args:
+        sites: the running statistics, which `record` makes.
     """
 
     def __init__(self, sites: List["_SiteStatistics"]) -> None:

@@ -7,7 +7,14 @@ from torch import Tensor
 
 
 def whole(weight: Tensor) -> Tensor:
-    """A weight as a whole: gathered if FSDP2 or tensor parallelism has sharded it, by a call in every process."""
+    """Gather a weight that FSDP2 or tensor parallelism has sharded. Every process must call.
+
+    Args:
+        weight: a tensor, or a DTensor.
+
+    Returns:
+        The whole weight; a weight that is not sharded as it is.
+    """
     return weight.full_tensor() if hasattr(weight, "full_tensor") else weight
 
 

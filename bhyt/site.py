@@ -9,7 +9,25 @@ _tracing: Callable[[], bool] = torch.jit.is_tracing  # type: ignore[attr-defined
 
 
 class Site(nn.Module):
-    """Parameters and options that exact and approximate sites share."""
+    """Parameters and options that exact and approximate sites share.
+
+    Args:
+        hidden_size: d, the size of the last dimension: an integer, or a shape of one dimension.
+        lam: initial value of `lam`.
+        kappa: > 0.
+        eps: >= 0, added to the variance.
+        learnable_lam: False makes `lam` a buffer.
+        elementwise_affine: False leaves out the gain `weight`.
+        device: device of `weight` and `lam`.
+        dtype: dtype of `weight` and `lam`.
+
+    Attributes:
+        weight: [hidden_size] parameter, or None.
+        lam: [1] parameter or buffer.
+
+    Raises:
+        ValueError: an option that is not as described.
+    """
 
     weight: Optional[Tensor]
     lam: Tensor

@@ -122,19 +122,31 @@ class BHyTConfigMixin(SiteFields):
         return super().from_dict(config_dict, **kwargs)  # type: ignore[misc]
 
     def to_dict(self) -> Dict[str, Any]:
-        """As the base's `to_dict`."""
+        """The fields by name, as the base's `to_dict` gives them."""
         tables.extend_imported()  # PEFT calls to_dict before it looks the model type up
         result: Dict[str, Any] = super().to_dict()  # type: ignore[misc]
         return result
 
     def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
-        """As the base's, with the lines by which trust_remote_code finds these classes where bhyt is installed."""
+        """Save as the base does, with the lines by which trust_remote_code finds these classes where bhyt is installed.
+
+        Args:
+            save_directory: the folder.
+            *args: as the base takes them.
+            **kwargs: as the base takes them.
+        """
         module = _CODE_FILE.removesuffix(".py")
         self.auto_map = {auto: f"{module}.{name}" for auto, name in tables.class_names(type(self)).items()}
         super().save_pretrained(save_directory, *args, **kwargs)  # type: ignore[misc]
 
     def to_json_file(self, json_file_path: Any, *args: Any, **kwargs: Any) -> None:
-        """Write the file that names the classes, then config.json: a push to a hub begins once config.json is there."""
+        """Write the file that names the classes, then config.json: a push to a hub begins once config.json is there.
+
+        Args:
+            json_file_path: the file to write.
+            *args: as the base takes them.
+            **kwargs: as the base takes them.
+        """
         if Path(json_file_path).name == transformers.CONFIG_NAME:
             names = ", ".join(sorted(set(tables.class_names(type(self)).values())))
             code = '"""A BHyT model (arXiv 2601.09719): needs bhyt, whose classes it names."""'
@@ -143,4 +155,8 @@ class BHyTConfigMixin(SiteFields):
 
     @classmethod
     def register_for_auto_class(cls, auto_class: str = "AutoConfig") -> None:
-        """Do nothing: see `BHyTModelMixin.register_for_auto_class`."""
+        """Do nothing: see `BHyTModelMixin.register_for_auto_class`.
+
+        Args:
+            auto_class: as the base takes it.
+        """

@@ -85,7 +85,14 @@ class ConvertedLayer(nn.Module):
             self.offset.settle(self)
 
     def train(self, mode: bool = True) -> "ConvertedLayer":
-        """As `nn.Module.train`; the next call in eval mode looks at the weights."""
+        """Do what `nn.Module.train` does. The next call in eval mode looks at the weights.
+
+        Args:
+            mode: False for eval mode.
+
+        Returns:
+            The layer.
+        """
         super().train(mode)
         if self.approximate:
             self.offset.look()

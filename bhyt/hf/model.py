@@ -24,7 +24,17 @@ _MODELS: Dict[Any, Any] = {}  # a class of transformers -> the BHyT class in fro
 
 
 class BHyTModelMixin(nn.Module):
-    """Marks a model with BHyT sites; in front of a model class of its family."""
+    """Marks a model with BHyT sites; in front of a model class of its family.
+
+    Args:
+        config: a BHyT config of the family.
+        *args: as the base takes them.
+        **kwargs: as the base takes them.
+
+    Raises:
+        TypeError: the config of a plain model.
+        RuntimeError: vLLM builds the model without bhyt's plugin.
+    """
 
     config_class: Any
     _base: Any  # the model class behind
@@ -80,7 +90,12 @@ class BHyTModelMixin(nn.Module):
         settle(self)
 
     def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
-        """Compute offsets that are not set from the weights, then save as the base does."""
+        """Compute offsets that are not set from the weights, then save as the base does.
+
+        Args:
+            *args: as the base takes them.
+            **kwargs: as the base takes them.
+        """
         settle(self)
         super().save_pretrained(*args, **kwargs)  # type: ignore[misc]
 
@@ -117,7 +132,11 @@ class BHyTModelMixin(nn.Module):
 
     @classmethod
     def register_for_auto_class(cls, auto_class: str = "AutoModel") -> None:
-        """Do nothing: the base would copy this package's source beside the weights. The config writes all it needs."""
+        """Do nothing: the base would copy this package's source beside the weights. The config writes all it needs.
+
+        Args:
+            auto_class: as the base takes it.
+        """
 
     # transformers looks at the source of the class, so the base is asked.
     @classmethod

@@ -79,6 +79,57 @@ def test_docstrings() -> None:
             nodes += [member for member in members if not member.name.startswith("_")]
 
 
+def lacks(function: ast.FunctionDef, text: str) -> set[str]:
+    """The parameters, results and errors of a function that its docstring does not describe."""
+    given = function.args
+    names = {a.arg for a in (*given.posonlyargs, *given.args, *given.kwonlyargs)} - {"self", "cls"}
+    names |= {f"*{given.vararg.arg}"} if given.vararg else set()
+    names |= {f"**{given.kwarg.arg}"} if given.kwarg else set()
+    raised = {
+        node.exc.func.id
+        for node in ast.walk(function)
+        if isinstance(node, ast.Raise) and isinstance(node.exc, ast.Call) and isinstance(node.exc.func, ast.Name)
+    }
+    lacking = {name for name in names | raised if not re.search(rf"^ +{re.escape(name)}: \S", text, re.MULTILINE)}
+    silent = function.returns is None or ast.unparse(function.returns) in ("None", "Iterator[None]")
+    if names and not silent and not re.search(r"^(Returns|Yields):$", text, re.MULTILINE):
+        lacking.add("Returns")  # without parameters one line says it
+    return lacking
+
+
+def test_docstrings_are_whole() -> None:
+    """The docstring of every public function and method says what each parameter is, what is returned and which errors
+    it raises. That of a class does so for its construction."""
+    checked = 0
+    for folder in ("", "hf", "hf/families", "quantization"):
+        for path in sorted((ROOT / "bhyt" / folder).glob("*.py")):
+            module = ast.parse(path.read_text())
+            classes = [n for n in module.body if isinstance(n, ast.ClassDef) and not n.name.startswith("_")]
+            for owner in (module, *classes):
+                for function in owner.body:
+                    constructs = isinstance(function, ast.FunctionDef) and function.name == "__init__"
+                    if isinstance(function, ast.FunctionDef) and (constructs or not function.name.startswith("_")):
+                        lacking = lacks(function, ast.get_docstring(owner if constructs else function) or "")
+                        assert not lacking, f"{path.relative_to(ROOT)}: {function.name}: {sorted(lacking)}"
+                        checked += 1
+    assert checked > 100
+
+
+def test_api_pages() -> None:
+    """The pages of the API have every name of each `__all__`. The classes of one family stand for all families."""
+    pages = "\n".join(page.read_text() for page in sorted((ROOT / "docs" / "api").glob("*.md")))
+    shown = set(re.findall(r"^::: (\S+)$", pages, re.MULTILINE))
+    for package in ("bhyt", "bhyt.hf", "bhyt.quantization", "bhyt.parallel"):
+        path = ROOT.joinpath(*package.split("."))
+        tree = ast.parse((path / "__init__.py" if path.is_dir() else path.with_suffix(".py")).read_text())
+        (names,) = [n.value for n in tree.body if isinstance(n, ast.Assign) and ast.unparse(n.targets[0]) == "__all__"]
+        for name in ast.literal_eval(names):
+            of_a_family = package == "bhyt.hf" and name.startswith("BHyT") and "bhyt.hf.families.llama" in shown
+            by_its_parts = any(other.startswith(f"{package}.{name}.") for other in shown)
+            as_text = name.isupper() and f"`{package}.{name}`" in pages
+            assert {package, f"{package}.{name}"} & shown or of_a_family or by_its_parts or as_text, f"{package}.{name}"
+
+
 def test_lines() -> None:
     """Lines of pages have at most 120 characters outside tables, blocks of code and what scripts wrote."""
     for page in PAGES:
