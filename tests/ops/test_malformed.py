@@ -208,9 +208,9 @@ def try_malformed(number: int) -> bool:
 
 
 def test_malformed_calls() -> None:
-    """Thousands of calls of all six ops with one or two arguments wrong or unusual: each raises, naming the
-    argument where docs/ops.md forbids what it was given, or is right; no input changes, and no call ends the process.
-    USERS rows 6 and 17."""
+    """Thousands of calls of the four forwards and two backwards with one or two arguments wrong or unusual. Each call
+    raises, naming the argument where docs/ops.md forbids its value, or is right. No input changes, and no call ends the
+    process. USERS rows 6 and 17."""
     count = 10 * EXAMPLES
     start = random.SystemRandom().randrange(10**9) if LONG else 0
     command = [sys.executable, "-W", "ignore", "-m", "ops.test_malformed", str(start), str(start + count)]
