@@ -22,6 +22,8 @@ Providers
     inductor           torch.compile of the same formula, for each shape (dynamic shapes were slower)
     inductor_rms_norm  torch.compile of F.rms_norm (for add cases: with the addition)
     inductor_dyt       torch.compile of DyT, weight * tanh(alpha * x) + bias (not for add cases)
+    out                the `out` overloads of the ops, which allocate nothing: y in the memory of x and the sum in the
+                       residual's in add cases; for forwards alone
     vllm               vLLM's kernels rms_norm and fused_add_rms_norm, which allocate nothing: where vLLM is
                        installed, for forwards alone, without --tier
     all_gradients      cases in brackets: bhyt's backward with every gradient
@@ -35,13 +37,14 @@ from typing import Any, Callable, Iterator, Optional, Sequence
 import common
 import torch
 from cpu_problems import CASES, MASKED, Buffers, provider_calls, unmasked
-from cpu_providers import Compiler
+from cpu_providers import Compiler, has_vllm
 from cpu_results import goals, header, line
 
 ROWS = (1, 64, 4096)
 DIMS = (256, 2048, 4096, 16384)
 PEERS = (
-    "copy", "layer_norm", "rms_norm", "eager", "inductor", "inductor_rms_norm", "inductor_dyt", "vllm", "all_gradients",
+    "copy", "layer_norm", "rms_norm", "eager", "inductor", "inductor_rms_norm", "inductor_dyt", "out", "vllm",
+    "all_gradients",
 )  # fmt: skip
 
 

@@ -5,7 +5,7 @@ from typing import Sequence
 
 import common
 import torch
-from cpu_providers import Compiler, Formula, formulas, has_vllm, vllm_call
+from cpu_providers import Compiler, Formula, formulas, out_call, vllm_call
 from torch import Tensor
 
 import bhyt
@@ -30,6 +30,7 @@ MASKED = tuple(
     }.items()
     for names in masks
 )
+GIVEN = {"out": out_call, "vllm": vllm_call}  # providers that allocate nothing
 DIFFERENTIABLE = ("x", "residual", "variance", "weight", "bias", "lam", "alpha")
 
 
@@ -153,8 +154,8 @@ def provider_calls(
     calls: dict[str, common.Call] = {}
     if "copy" in peers and not only_compiled:
         calls |= copy_calls(case, buffers)
-    if "vllm" in peers and op in common.MIX and "backward" not in op and not only_compiled:
-        calls["vllm"] = vllm_call(op, buffers.inputs)
+    if "backward" not in op and not only_compiled:
+        calls |= {name: call(op, buffers.inputs) for name, call in GIVEN.items() if name in peers}
     for name, formula in formulas(forward_case).items():
         if name != "bhyt" and name not in peers or only_compiled and not name.startswith("inductor"):
             continue
