@@ -22,6 +22,15 @@ struct BackwardRow {
         x(row_of<R>(p.x, i)),
         grad_x(row_of<R>(p.grad_x, i, p.d)) {}
 
+  // The row whose memory is prefetched in the first pass: `next`, or lines ahead.
+  BackwardRow fetched(const BackwardRow& next) const {
+    BackwardRow row = next;
+    if (Wanted::grad_x != GradX::after_sum && !fetches_next_row()) {
+      row.x = ahead(x, kReadAhead), row.grad_y = ahead(grad_y, kReadAhead);
+      row.grad_sum = ahead(grad_sum, kReadAhead), row.grad_x = ahead(grad_x, kWriteAhead);
+    }
+    return row;
+  }
   void fetch(int64_t j, int k) const {
     if constexpr (prefetches) {
       prefetch<V>(x, j, k);
@@ -102,7 +111,7 @@ void backward_chunks_as(const BackwardParams& p, PreparedWeight prepared, const 
     const int64_t first = chunk * chunks.rows_per_chunk;
     const int64_t last = first + chunks.rows_per_chunk < p.rows ? first + chunks.rows_per_chunk : p.rows;
     for (int64_t i = first; i < last; ++i) {
-      const Row row(p, i), next(p, i + 1 < last ? i + 1 : i);
+      const Row row(p, i), next = row.fetched(Row(p, i + 1 < last ? i + 1 : i));
       const double shifted = static_cast<const A*>(p.variance)[i] + offset + p.eps;
       const double a_over_lam = 1 / (p.kappa * std::sqrt(shifted)), a = lam * a_over_lam;
       const double S = row.first_pass(p.d, a, weight, grad_weight, g_row, next);

@@ -50,6 +50,16 @@ struct ForwardRow {
         sum(row_of<R>(p.sum, i, p.d)),
         y(row_of<Y>(p.y, i, p.d)) {}
 
+  // The row whose memory is prefetched while this one is made: `next`, or lines ahead.
+  ForwardRow fetched(const ForwardRow& next, bool read_twice) const {
+    ForwardRow row = next;
+    if (!fetches_next_row()) {
+      row.y = ahead(y, kWriteAhead);
+      if (!read_twice) row.x = ahead(x, kReadAhead), row.residual = ahead(residual, kReadAhead);
+      if (!read_twice) row.sum = ahead(sum, kWriteAhead);
+    }
+    return row;
+  }
   void fetch(int64_t j, int k) const {
     if constexpr (prefetches) {
       prefetch<V>(x, j, k);
@@ -134,7 +144,7 @@ void forward_rows_as(const ForwardParams& p, const Output& output, PreparedWeigh
       a[i - first] = lam / (p.kappa * std::sqrt(v + offset + p.eps));
     }
     for (int64_t i = first; i < last; ++i) {
-      const Row row(p, i), later(p, i + at_once < end ? i + at_once : i);
+      const Row row(p, i), later = row.fetched(Row(p, i + at_once < end ? i + at_once : i), p.exact);
       if (p.exact)
         row.apply(p.d, a[i - first], weight, output, later,
                   [&](int64_t j, auto span, int k) { return row.stored(j, span, k); });

@@ -7,6 +7,15 @@
 
 namespace bhyt::cpu {
 
+bool fetches_next_row() {
+#if defined(__x86_64__)
+  static const bool is_intel = __builtin_cpu_is("intel");
+  return is_intel;
+#else
+  return false;
+#endif
+}
+
 std::vector<const Kernels*> runnable_kernels(DType stream) {
   std::vector<const Kernels*> tables = {&baseline::kernels};
   if (stream == DType::f64) return tables;

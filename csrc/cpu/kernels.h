@@ -75,6 +75,9 @@ namespace neon {
 extern const Kernels kernels;
 }
 
+// Whether the loops prefetch the next row. Intel's CPUs are faster then; AMD's are faster with lines close ahead.
+bool fetches_next_row();
+
 // The tables that this CPU can run for rows of a stream, plainest first. Rows of float64 spend nearly all of their time
 // in libm, so the baseline alone has them.
 std::vector<const Kernels*> runnable_kernels(DType stream = DType::f32);
