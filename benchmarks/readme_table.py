@@ -95,6 +95,33 @@ def digest(result: Result) -> list[str]:
     return [caption(result), "", *markdown(["times faster than", *peers.values()], cells)]
 
 
+def given(result: Result) -> list[str]:
+    """The `out` overloads and vLLM's kernels, which allocate nothing: times faster."""
+    problems = [p for p in result["problems"] if {"out", "vllm"} <= set(p["providers"])]
+    sizes = {f"{p['rows']} x {p['d']} {p['dtype']}": None for p in problems}  # in order, once each
+    found = {}
+    for p in problems:
+        times = {name: timing["us"] for name, timing in p["providers"].items()}
+        found[f"{p['rows']} x {p['d']} {p['dtype']}", p["case"]] = f"{times['vllm'] / times['out']:.2f}x"
+    cases = [case for case in CPU_CASES if "+" not in case]
+    cells = [[size, *(found.get((size, case), "-") for case in cases)] for size in sizes]
+    return [caption(result), "", *markdown(["times faster than vLLM's kernel", *(CPU_CASES[c] for c in cases)], cells)]
+
+
+def serving(result: Result) -> list[str]:
+    """Speed of a converted model in vLLM over vLLM's own Llama, with quartiles."""
+    cells = []
+    for p in result["problems"]:
+        low, middle, high = p["speed_wall"]["BHyT"]
+        tokens = p["tokens_per_second"]
+        row = [p["case"], number(tokens["Llama"]), number(tokens["BHyT"]), f"{middle:.3f}", f"{low:.3f} to {high:.3f}"]
+        cells.append([*row, f"{p['speed_cpu']['BHyT'][1]:.3f}"])
+    mode = "compiled" if result["compiled"] else "eager"
+    header = [f"{result['dtype']}, {mode}", "Llama, tokens/s", "BHyT, tokens/s"]
+    header += ["speed over Llama", "quartiles", "by CPU time"]
+    return [caption(result), "", *markdown(header, cells)]
+
+
 def overhead(result: Result) -> list[str]:
     """Microseconds per call, one line per way to call."""
     modes = result["modes"]
@@ -159,11 +186,11 @@ def model(result: Result) -> list[str]:
 
 
 RENDERERS: dict[str, Callable[[Result], list[str]]] = {
-    "cpu": cpu, "overhead": overhead, "compile": compiled, "model": model, "quantized": quantized,
+    "cpu": cpu, "overhead": overhead, "compile": compiled, "model": model, "quantized": quantized, "serving": serving,
     "quantized-accuracy": quantized_accuracy, "quantized-profile": quantized_profile,
 }  # fmt: skip
 
-PARTS: dict[str, Callable[[Result], list[str]]] = {"goals": goals, "digest": digest}
+PARTS: dict[str, Callable[[Result], list[str]]] = {"goals": goals, "digest": digest, "given": given}
 
 
 def newest_file(name: str, results: Path = RESULTS) -> Optional[Path]:

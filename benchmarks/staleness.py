@@ -17,6 +17,7 @@ _PYTHON = {
     "compile": ("bhyt/functional.py", "bhyt/modules.py", "bhyt/reference.py"),
     "model": ("bhyt/modules.py", "bhyt/hf/layer.py"),
     "quantized": ("bhyt/quantization", "bhyt/hf/layer.py"),
+    "serving": ("bhyt/vllm",),
     "quantized-accuracy": ("bhyt/quantization",),
     "quantized-profile": ("bhyt/quantization", "bhyt/hf/layer.py"),
 }

@@ -8,7 +8,7 @@ fused ops, `bhyt.reference` the formulas in plain PyTorch. Importing this packag
 
 from bhyt import _library
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 _library.load(__version__)
 
 from bhyt import diagnostics, functional, quantization, reference  # noqa: E402  (they name the ops just registered)

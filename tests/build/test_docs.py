@@ -148,6 +148,16 @@ def test_lines_of_code() -> None:
                 assert not long, f"{path.relative_to(ROOT)}: {long[0]}"
 
 
+def test_names() -> None:
+    """No script reads a name that it does not define; mypy looks at the package alone."""
+    needs("pyflakes", "test")
+    names = ("bhyt", "benchmarks", "docs", "examples", "research", "tests")
+    folders = [name for name in names if (ROOT / name).exists()]
+    done = subprocess.run([sys.executable, "-m", "pyflakes", *folders], cwd=ROOT, capture_output=True, text=True)
+    undefined = [line for line in done.stdout.splitlines() if "undefined" in line or "referenced before" in line]
+    assert done.returncode in (0, 1) and not done.stderr and not undefined, done.stderr + "\n".join(undefined)
+
+
 def test_measured_tables() -> None:
     """Every table of measurements is what its result file says, and says so when the code has changed since."""
     if not (ROOT / "benchmarks" / "results").exists():
