@@ -99,9 +99,9 @@ inline void choose(bool flag, F f) {
     f(std::false_type{});
 }
 
-// While a row is written, lines to be read and lines to be written are prefetched, so that both directions of the memory
-// stay busy; benchmarks/README.md has the gain. Tensors that are together no larger than this are assumed to lie in a
-// core's own caches, where a prefetch gains nothing.
+// While a row is written, lines to be read and lines to be written are prefetched, so that both directions of the
+// memory stay busy; benchmarks/README.md has the gain. Tensors that are together no larger than this are assumed to lie
+// in a core's own caches, where a prefetch gains nothing.
 constexpr int64_t kCachedBytes = 3 << 19;
 
 // Calls f(std::true_type) where the loops shall prefetch. Double lanes never prefetch: they compute for longer than
@@ -116,8 +116,9 @@ inline void choose_prefetch(const SiteParams& p, int tensors, F f) {
     choose(tensors * p.rows * p.d * int64_t{sizeof(R)} > kCachedBytes, f);
 }
 
-// Which lines: on Intel's CPUs those of the next row. On others lines so many bytes ahead, since lines that are held for
-// writing a row long would push others out of the first level; a row that is read twice has its next row prefetched.
+// On Intel's CPUs the loops prefetch the lines of the next row. On other CPUs they prefetch lines so many bytes ahead,
+// since lines that are held for writing a row long push others out of the first level. A row that is read twice has the
+// next row prefetched for reading everywhere.
 constexpr int64_t kReadAhead = 1024, kWriteAhead = 256;
 
 template <typename T>
