@@ -125,7 +125,7 @@ def pretrain(arguments: argparse.Namespace, settings: Preset, plan: Plan, world:
             raise SystemExit(f"--steps: {checkpoint} has gone beyond {settings.steps}")
         load_position(checkpoint, sequences, world)
         sequences.ended = step_of(checkpoint) == settings.steps  # the trainer would make one step more
-    world.together(sequences.state_dict)  # the first documents are read, if they can be
+    world.together(sequences.begin)
 
     say("\n    ".join([f"{source.name} in {streams} stream(s), {len(held_out_sequences)} held-out sequences, "
                        f"{len(tokenizer):,} tokens; on {world.size} x {device}", *plan.lines()]),

@@ -4,14 +4,20 @@ The text is split into a fixed number of streams: stream j has the documents j, 
 are enough), and packs them on its own. A step takes equally many sequences from every stream, so that its batch does
 not depend on how many processes share the streams, each document is tokenised by one process only, and where a run
 stands is one position per stream.
+
+`datasets` splits the rows into streams (`split_dataset_by_node`) and keeps the place of a stream in the text
+(`IterableDataset.state_dict`). It does not shuffle and tokenise here, since two guarantees would be lost:
+
+* `IterableDataset.shuffle` forgets its buffer when it resumes, so the documents in it would never be trained on. A
+  block that is shuffled as a whole is made again, from the place where it begins.
+* `IterableDataset.map` runs in front of the split, so each process would tokenise the documents of all streams.
 """
 
 from __future__ import annotations
 
-import copy
 import hashlib
-from concurrent.futures import Future, ThreadPoolExecutor
-from itertools import islice
+from concurrent.futures import ThreadPoolExecutor
+from itertools import chain, islice
 from typing import Any, Callable, Iterable, Iterator
 
 import numpy as np
@@ -131,64 +137,68 @@ class Stream:
     ) -> None:
         self._source, self._number, self._count = source, number, count
         self._tokenizer, self._seq_len, self._held_out, self._seed = tokenizer, seq_len, held_out, seed
-        self._reader = ThreadPoolExecutor(1)
         self.load_state_dict({"epoch": 0, "block": 0, "documents": None, "rest": [], "taken": 0})
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self._rest, self._taken = np.asarray(state["rest"], np.int32), state["taken"]
-        self._blocks = self._read(state["epoch"], state["block"], state["documents"])
-        self._next: Future | None = None  # the block behind the current one, read while that one is trained on
-        self._sequences: np.ndarray | None = None  # of the current block, with the rest of the one before
+        self._state, self._sequences = state, self._packed(**state)
 
     def state_dict(self) -> dict[str, Any]:
         """Where the current block begins, what was left over in front of it, and the sequences taken since."""
-        if self._sequences is None:
-            self._advance(self._rest, self._taken)
-        return {**self._begin, "rest": self._rest.tolist(), "taken": self._taken}
+        return {**self._state, "rest": np.asarray(self._state["rest"]).tolist()}
+
+    @property
+    def epoch(self) -> int:
+        """How often the current block has been read before."""
+        return self._state["epoch"]
+
+    def begin(self) -> None:
+        """Make the next sequence already, so that a text that cannot be read ends the run here."""
+        self._sequences = chain([next(self._sequences)], self._sequences)
 
     def __iter__(self) -> Iterator[np.ndarray]:
         return self
 
     def __next__(self) -> np.ndarray:
-        if self._sequences is None:
-            self._advance(self._rest, self._taken)
-        while self._taken == len(self._sequences):
-            self._advance(self._left, 0)
-        self._taken += 1
-        return self._sequences[self._taken - 1]
+        self._state, sequence = next(self._sequences)
+        return sequence
 
-    def _advance(self, rest: np.ndarray, taken: int) -> None:
-        self._begin, tokens = (self._next or self._reader.submit(next, self._blocks)).result()
-        self._next = self._reader.submit(next, self._blocks)
-        self._rest, self._taken = rest, taken
-        self._sequences, self._left = pack(np.concatenate((rest, tokens)), self._seq_len)
+    def _packed(self, rest: Any, taken: int, **place: Any) -> Iterator[tuple[dict[str, Any], np.ndarray]]:
+        """(the state behind it, a sequence), one after another."""
+        rest = np.asarray(rest, np.int32)
+        for begin, tokens in ahead(self._blocks(**place)):
+            sequences, left = pack(np.concatenate((rest, tokens)), self._seq_len)
+            for i in range(taken, len(sequences)):
+                yield {**begin, "rest": rest, "taken": i + 1}, sequences[i]
+            rest, taken = left, 0
 
-    @property
-    def epoch(self) -> int:
-        """How often the current block has been read before."""
-        return self._begin["epoch"] if self._sequences is not None else 0
-
-    def _read(self, epoch: int, block: int, documents: Any) -> Iterator[tuple[dict[str, Any], np.ndarray]]:
+    def _blocks(self, epoch: int, block: int, documents: Any) -> Iterator[tuple[dict[str, Any], np.ndarray]]:
         """(where it begins, its tokens) of block after block."""
         while True:
             dataset = split_dataset_by_node(self._source.open(), self._number, self._count)
             if documents is not None:
                 dataset.load_state_dict(documents)
             rows, found = iter(dataset), block > 0
-            while True:
-                begin = {"epoch": epoch, "block": block, "documents": copy.deepcopy(documents)}
-                read = self._source.read(rows, BLOCK)
-                if not read:
-                    break
-                documents, block = dataset.state_dict(), block + 1
+            while read := self._source.read(rows, BLOCK):
                 texts = [text for text in read if text and text not in self._held_out]
                 found = found or bool(texts)
                 order = np.random.default_rng((self._seed, self._number, epoch, block)).permutation(len(texts))
+                begin = {"epoch": epoch, "block": block, "documents": documents}
                 yield begin, tokens_of([texts[i] for i in order], self._tokenizer)
+                documents, block = dataset.state_dict(), block + 1
             if not found:
                 raise SystemExit(f"{self._source.name}: stream {self._number + 1} of {self._count} has no document to "
                                  "train on; give more text, or fewer --streams")  # fmt: skip
             epoch, block, documents = epoch + 1, 0, None
+
+
+def ahead(items: Iterator[Any]) -> Iterator[Any]:
+    """Endless items; a thread makes the next one while the current one is used."""
+    reader = ThreadPoolExecutor(1)
+    coming = reader.submit(next, items)
+    while True:
+        item = coming.result()
+        coming = reader.submit(next, items)
+        yield item
 
 
 class Sequences(torch.utils.data.IterableDataset):
@@ -206,6 +216,11 @@ class Sequences(torch.utils.data.IterableDataset):
                 if stream.epoch > self._epoch:
                     self._epoch = stream.epoch
                     self._on_epoch(self._epoch)
+
+    def begin(self) -> None:
+        """See `Stream.begin`."""
+        for stream in self.streams:
+            stream.begin()
 
     def state_dict(self) -> list[dict[str, Any]]:
         return [stream.state_dict() for stream in self.streams]

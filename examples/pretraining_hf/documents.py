@@ -1,4 +1,9 @@
-"""Documents from files, a hub, or Python's own sources. Of a file's rows only one field is read."""
+"""Documents from files, a hub, or Python's own sources. Of a file's rows only one field is read.
+
+A generator here reads the files behind a stream of `datasets`. The loaders of `datasets` take a path with brackets for
+a pattern, refuse files whose other fields have other types, read `.zst` only with another package, and name neither
+the file nor the line of a row without text.
+"""
 
 from __future__ import annotations
 

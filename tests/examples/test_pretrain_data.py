@@ -216,3 +216,23 @@ def test_more_processes_go_on(corpus: Path, tokenizer: Any, tmp_path: Path) -> N
         mine = Sequences([Stream(Source([str(corpus)]), rank, 2, tokenizer, 48, HeldOut())])
         load_position(tmp_path, mine, World(rank, 2))
         assert taken(mine.streams[0], 8) == taken(streams[rank], 8)
+
+
+def test_begin(corpus: Path, tokenizer: Any, tmp_path: Path) -> None:
+    """A stream that has begun is where it was, and goes on with the same sequences. One that has nothing to train on,
+    or a row that cannot be read, ends there in one line."""
+    one, other = (Stream(Source([str(corpus)]), 1, 2, tokenizer, 48, HeldOut()) for _ in range(2))
+    for _ in range(2):
+        before = one.state_dict()
+        Sequences([one]).begin()
+        assert one.state_dict() == before == other.state_dict()
+        assert taken(one, 7) == taken(other, 7)
+
+    path = tmp_path / "data.jsonl"
+    path.write_text('{"text": "a"}\n{"text": "b"}\n')
+    for number in (0, 1):
+        with pytest.raises(SystemExit, match=f"stream {number + 1} of 2 has no document to train on"):
+            Stream(Source([str(path)]), number, 2, tokenizer, 48, HeldOut(texts="ab")).begin()
+    path.write_text('{"text": "a"}\n{"text": 1}\n')
+    with pytest.raises(SystemExit, match="line 2: expected a string in the field 'text'"):
+        Stream(Source([str(path)]), 0, 1, tokenizer, 48, HeldOut()).begin()
