@@ -181,7 +181,7 @@ class Stream:
             while read := self._source.read(rows, BLOCK):
                 texts = [text for text in read if text and text not in self._held_out]
                 found = found or bool(texts)
-                order = np.random.default_rng((self._seed, self._number, epoch, block)).permutation(len(texts))
+                order = np.random.default_rng((self._seed, self._number, epoch, block + 1)).permutation(len(texts))
                 begin = {"epoch": epoch, "block": block, "documents": documents}
                 yield begin, tokens_of([texts[i] for i in order], self._tokenizer)
                 documents, block = dataset.state_dict(), block + 1
