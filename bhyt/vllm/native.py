@@ -16,6 +16,7 @@ from vllm.model_executor.models.qwen3 import Qwen3ForCausalLM as Qwen3
 from vllm.model_executor.models.transformers.utils import init_on_device_without_buffers
 
 from bhyt.modules import BHyT, BHyTApprox
+from bhyt.vllm.same import check_fields, check_layer
 from bhyt.vllm.weights import LoadsOffsets, check_config
 
 
@@ -47,13 +48,17 @@ class Layer(nn.Module):
 class Native(LoadsOffsets):
     """In front of a class of vLLM's."""
 
+    packed_modules_mapping: Any
+
     def __init__(self, *, vllm_config: Any, prefix: str = "") -> None:
         check_config(vllm_config)
         super().__init__(vllm_config=vllm_config, prefix=prefix)  # type: ignore[call-arg]
         model = self.model
         sites = _model_of_sites(vllm_config)
+        check_fields(sites.config)
         for number in range(model.start_layer, model.end_layer):
             layer, own = model.layers[number], sites.layers[number]
+            check_layer(layer, own, sites.rotary_emb, packed=self.packed_modules_mapping)
             layer.input_layernorm, layer.post_attention_layernorm = own.input_layernorm, own.post_attention_layernorm
             layer.__class__ = type(type(layer).__name__, (Layer, type(layer)), {})
         if isinstance(sites.norm, BHyT) and get_pp_group().is_last_rank:
