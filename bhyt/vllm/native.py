@@ -36,13 +36,30 @@ class Layer(nn.Module):
             residual = hidden_states
             y, variance = self.input_layernorm(hidden_states, return_variance=True)
         else:
-            y, residual, variance = self.input_layernorm(hidden_states, residual, return_variance=True)
+            y, residual, variance = _add_exact(self.input_layernorm, hidden_states, residual)
         branch = self.self_attn(positions=positions, hidden_states=y)
         if isinstance(self.post_attention_layernorm, BHyTApprox):
-            y, residual = self.post_attention_layernorm(branch, variance, residual=residual)
+            y, residual = _add_approx(self.post_attention_layernorm, branch, residual, variance)
         else:
-            y, residual = self.post_attention_layernorm(branch, residual)
+            y, residual, _ = _add_exact(self.post_attention_layernorm, branch, residual)
         return self.mlp(y), residual
+
+
+def _add_exact(site: BHyT, x: Tensor, residual: Tensor) -> Any:
+    """(y, sum, variance): y where x was and the sum where residual was, as vLLM's fused add has them."""
+    x, (weight, lam) = x.contiguous(), site._weight_and_lam()
+    variance = x.new_empty((*x.shape[:-1], 1), dtype=torch.float32)
+    return torch.ops.bhyt.add_forward.out(
+        x, residual, weight, lam, site.kappa, site.eps, y=x, sum=residual, variance=variance
+    )
+
+
+def _add_approx(site: BHyTApprox, x: Tensor, residual: Tensor, variance: Tensor) -> Any:
+    """(y, sum), in the same places."""
+    x, (weight, lam) = x.contiguous(), site._weight_and_lam()
+    return torch.ops.bhyt.add_forward_approx.out(
+        x, residual, variance, site._offset(), weight, lam, site.kappa, site.eps, y=x, sum=residual
+    )
 
 
 class Native(LoadsOffsets):

@@ -9,12 +9,10 @@ from typing import Any, Dict, Set
 import torch
 from torch import Tensor, nn
 
+_ONE_WINDOW = ("mistral", "mixtral", "phi3")  # that have it in the mask, for all layers
 _POSITIONS = 64  # that are compared
 _OF_VLLM = ("logit_scale", "llama_4_scaling", "ada_rms_norm_t_cond", "dual_chunk_attention_config")
-_INSTEAD = (
-    " is not what vLLM's own decoder computes; serve it in vLLM's transformers backend, by hf_overrides="
-    """{"architectures": ["BHyTForCausalLM"]}"""
-)
+_INSTEAD = """; serve it in vLLM's transformers backend, by hf_overrides={"architectures": ["BHyTForCausalLM"]}"""
 
 
 def check_fields(config: Any) -> None:
@@ -25,7 +23,7 @@ def check_fields(config: Any) -> None:
     """
     for name in _OF_VLLM:
         if getattr(config, name, None):
-            raise ValueError(f"model: {name} in its config{_INSTEAD}")
+            raise ValueError(f"model: {name} in its config, of which transformers makes nothing{_INSTEAD}")
 
 
 def check_layer(layer: Any, own: Any, rotary: Any, packed: Dict[str, Any]) -> None:
@@ -42,21 +40,39 @@ def check_layer(layer: Any, own: Any, rotary: Any, packed: Dict[str, Any]) -> No
     """
     attention, theirs = layer.self_attn, own.self_attn
     merged = {part: whole for whole, parts in packed.items() for part in parts}
-    others = _names(layer, {}) ^ _names(own, merged)
-    if others:
-        raise ValueError(f"model: {sorted(others)[0]} of its layers{_INSTEAD}")
-    window = getattr(theirs, "sliding_window", None)
-    if "mistral" in own.config.model_type:
-        window = own.config.sliding_window
-    for name, value, expected in (
-        ("head_dim", attention.head_dim, theirs.head_dim),
-        ("scaling", attention.scaling, theirs.scaling),
-        ("sliding_window", attention.attn.sliding_window, window),
-    ):
+    here, there = _names(layer, {}), _names(own, merged)
+    if here != there:
+        name = min(here ^ there)
+        raise ValueError(
+            f"model: {name} is in {'transformers' if name in there else 'vLLM'}' layers alone{_INSTEAD}"
+        )
+    check_window(attention, theirs, own.config, _INSTEAD)
+    for name in ("head_dim", "scaling"):
+        value, expected = getattr(attention, name), getattr(theirs, name)
         if value != expected:
-            raise ValueError(f"model: {name} {expected}{_INSTEAD}")
+            raise ValueError(f"model: vLLM's own decoder has {name} {value}, transformers {expected}{_INSTEAD}")
     if not _same_angles(getattr(attention.rotary_emb, "cos_sin_cache", None), rotary):
-        raise ValueError(f"model: rope_parameters {own.config.rope_parameters}{_INSTEAD}")
+        raise ValueError(f"model: vLLM's own decoder differs in rope_parameters {own.config.rope_parameters}{_INSTEAD}")
+
+
+def check_window(attention: Any, theirs: Any, config: Any, instead: str = "") -> None:
+    """Refuse another sliding window than that of transformers.
+
+    Args:
+        attention: vLLM's, or that of transformers with vLLM's within.
+        theirs: that of transformers.
+        config: the model's.
+        instead: what to do, for the message.
+
+    Raises:
+        ValueError: they differ.
+    """
+    expected = getattr(theirs, "sliding_window", None)
+    if config.model_type.removeprefix("bhyt_") in _ONE_WINDOW:
+        expected = config.sliding_window
+    window = attention.attn.sliding_window
+    if window != expected:
+        raise ValueError(f"model: vLLM has sliding_window {window} in a layer, transformers {expected}{instead}")
 
 
 def _names(layer: nn.Module, merged: Dict[str, str]) -> Set[str]:

@@ -1,8 +1,9 @@
 """What vLLM answers, in its own environment, for test_vllm.py: python vllm_answers.py jobs.json answers.json
 
 A job: {"folder", "prompts" (lists of token ids), "count" (of tokens), "times", "options" (of vllm.LLM), "reload" (a
-folder of new weights, loaded behind all else)}. An answer: {"tokens", "logprobs" (of each prompt's tokens but the
-first), "length", "reloaded" (the logprobs of the new weights)}, {"vectors"} of a classifier or an embedding model, or
+folder of new weights, loaded behind all else), "write" (a weight that is doubled where it lies, last of all)}. An
+answer: {"tokens", "logprobs" (of each prompt's tokens but the first), "length", "reloaded" (the logprobs of the new
+weights), "written" (the error of the answer that follows)}, {"vectors"} of a classifier or an embedding model, or
 {"error"}.
 """
 
@@ -56,6 +57,14 @@ def answer(job: Dict[str, Any]) -> Dict[str, Any]:
     if "reload" in job:
         llm.collective_rpc("reload_weights", kwargs={"weights_path": job["reload"]})
         given["reloaded"] = logprobs(llm, job["prompts"])
+    if "write" in job:
+        weight = llm.apply_model(lambda model: model.get_parameter(job["write"]).detach() * 2)[0]
+        options = {"weights_iterator": [(job["write"], weight)], "is_checkpoint_format": False}
+        llm.collective_rpc("reload_weights", kwargs=options)
+        try:
+            logprobs(llm, job["prompts"])
+        except RuntimeError as error:
+            given["written"] = str(error)
     llm.llm_engine.engine_core.shutdown()
     return given
 
