@@ -3,6 +3,7 @@
 vLLM carries the residual stream from layer to layer, so that the site behind every add takes the add along.
 """
 
+from functools import partial
 from typing import Any, Optional, Tuple
 
 import torch
@@ -80,6 +81,8 @@ class Native(LoadsOffsets):
             layer.__class__ = type(type(layer).__name__, (Layer, type(layer)), {})
         if isinstance(sites.norm, BHyT) and get_pp_group().is_last_rank:
             model.norm = sites.norm
+        # For a caller who goes past this class.
+        model.load_weights = partial(self.load_by, model.load_weights, prefix="")
 
 
 def _model_of_sites(vllm_config: Any) -> Any:

@@ -6,7 +6,7 @@ what is in a file. Whatever is in doubt is an error of one line.
 """
 
 import re
-from typing import Any, Dict, Iterable, Iterator, Optional, Set, Tuple
+from typing import Any, Callable, Dict, Iterable, Iterator, Optional, Set, Tuple
 
 import torch
 from torch import Tensor, nn
@@ -81,14 +81,32 @@ class LoadsOffsets:
     model: Any
     config: Any
     _changes: Optional[Changes] = None
-    _looked = False
+    _looked = _loading = False
 
     def load_weights(self, weights: Weights) -> Set[str]:
         """As vLLM's. Offsets that do not come with the weights are computed from them; see `Loading.watch`."""
+        return self.load_by(super().load_weights, weights, prefix="model.")  # type: ignore[misc]
+
+    def load_by(self, load: Callable[[Weights], Set[str]], weights: Weights, prefix: str) -> Set[str]:
+        """Load by a function of vLLM's, with offsets, unless a call of this kind is at work and sees to them.
+
+        Args:
+            load: returns the names of what it has put into the model.
+            weights: what it is given.
+            prefix: what it has in front of the names within `model`.
+
+        Returns:
+            What load returns.
+        """
+        if self._loading:
+            return load(weights)
         loading, changes = Loading(self.model, self.changes), self.changes
-        changes.failed = True
-        loaded: Set[str] = super().load_weights(loading.watch(weights))  # type: ignore[misc]
-        loading.finish(loaded, prefix="model.")
+        self._loading = changes.failed = True
+        try:
+            loaded = load(loading.watch(weights))
+        finally:
+            self._loading = False
+        loading.finish(loaded, prefix)
         changes.failed = False
         return loaded
 

@@ -145,6 +145,31 @@ def test_weights_that_end_early() -> None:
             call(ids())
 
 
+def test_weights_of_the_inner_model() -> None:
+    """An engine's decoder has a loader of its own: called by the one around it, or alone, it brings offsets once."""
+    model = converted()
+    engine = passed(model, model.state_dict())
+    calls: List[Set[str]] = []
+
+    def inner(weights: Any) -> Set[str]:
+        found = dict(weights)
+        fill(engine.model, found)
+        calls.append(set(found))
+        return set(found)
+
+    def outer(weights: Any) -> Set[str]:
+        within = ((name.removeprefix("model."), tensor) for name, tensor in weights if name.startswith("model."))
+        return {f"model.{name}" for name in engine.load_by(inner, within, prefix="")}
+
+    other = {name: t * 1.5 for name, t in model.state_dict().items() if not name.endswith("variance_offset")}
+    for load, prefix in ((outer, "model."), (inner, "")):
+        send(engine, model.state_dict())
+        names = other if load is outer else [name for name in other if name.startswith("model.")]
+        engine.load_by(load, ((n if prefix else n.removeprefix("model."), other[n]) for n in names), prefix=prefix)
+        torch.testing.assert_close(offsets(engine), [o * 1.5**6 for o in offsets(model)], rtol=1e-5, atol=0)
+    assert calls[0] == calls[1]
+
+
 WRITES: Dict[str, Callable[[Any, str, Tensor], Any]] = {
     "copied": lambda module, name, tensor: getattr(module, name).copy_(tensor),
     "replaced": lambda module, name, tensor: setattr(module, name, nn.Parameter(tensor)),
