@@ -53,7 +53,10 @@ class BHyTModelMixin(nn.Module):
                 f"config: expected a {self.config_class.__name__}, got {type(config).__name__};"
                 " bhyt.hf.convert turns a model of that config into one with BHyT sites"
             )
-        if getattr(config, "_attn_implementation", None) == "vllm" and not getattr(config, SERVED, False):
+        engine = getattr(config, "_attn_implementation", None)
+        if engine == "sglang":
+            raise RuntimeError("config: SGLang is not supported: whether it loads a BHyT model's offsets is not known")
+        if engine == "vllm" and not getattr(config, SERVED, False):
             raise RuntimeError(
                 "config: vLLM serves a BHyT model by bhyt's plugin (vllm.general_plugins), which is not at work:"
                 " install bhyt beside vLLM, leave VLLM_PLUGINS unset or name bhyt there, and leave model_impl unset"

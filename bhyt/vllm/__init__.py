@@ -28,6 +28,7 @@ def register() -> None:
         own, kind = f"native:{name}ForCausalLM", "MixtureForCausalLM" if base in MIXTURES else "ForCausalLM"
         path = own if base in NATIVE else f"model:{kind}"
         ModelRegistry.register_model(f"BHyT{name}ForCausalLM", f"bhyt.vllm.{path}")
+    ModelRegistry.register_model("BHyTForCausalLM", "bhyt.vllm.model:ForCausalLM")  # what native.py may ask for
     _register_configs()
     _register_lengths()
 

@@ -8,7 +8,9 @@ from typing import Any
 
 from vllm.model_executor.models.transformers import TransformersForCausalLM, TransformersMoEForCausalLM
 
+from bhyt.hf.layer import ConvertedLayer
 from bhyt.hf.model import SERVED
+from bhyt.vllm.same import check_window
 from bhyt.vllm.weights import LoadsOffsets, check_config, keep_loaded
 
 
@@ -21,6 +23,9 @@ class Backend(LoadsOffsets):
         setattr(config, SERVED, True)
         super().__init__(vllm_config=vllm_config, prefix=prefix)  # type: ignore[call-arg]
         keep_loaded(self.model)
+        for layer in self.model.modules():
+            if isinstance(layer, ConvertedLayer):
+                check_window(layer.self_attn, layer.self_attn, config)
         scaling = getattr(config, "logits_scaling", None)  # Granite's, in a forward that vLLM does without
         if scaling and hasattr(self, "logits_processor"):
             self.logits_processor.scale = 1 / scaling

@@ -3,6 +3,7 @@
 vLLM carries the residual stream from layer to layer, so that the site behind every add takes the add along.
 """
 
+from functools import partial
 from typing import Any, Optional, Tuple
 
 import torch
@@ -16,6 +17,7 @@ from vllm.model_executor.models.qwen3 import Qwen3ForCausalLM as Qwen3
 from vllm.model_executor.models.transformers.utils import init_on_device_without_buffers
 
 from bhyt.modules import BHyT, BHyTApprox
+from bhyt.vllm.same import check_fields, check_layer
 from bhyt.vllm.weights import LoadsOffsets, check_config
 
 
@@ -35,29 +37,52 @@ class Layer(nn.Module):
             residual = hidden_states
             y, variance = self.input_layernorm(hidden_states, return_variance=True)
         else:
-            y, residual, variance = self.input_layernorm(hidden_states, residual, return_variance=True)
+            y, residual, variance = _add_exact(self.input_layernorm, hidden_states, residual)
         branch = self.self_attn(positions=positions, hidden_states=y)
         if isinstance(self.post_attention_layernorm, BHyTApprox):
-            y, residual = self.post_attention_layernorm(branch, variance, residual=residual)
+            y, residual = _add_approx(self.post_attention_layernorm, branch, residual, variance)
         else:
-            y, residual = self.post_attention_layernorm(branch, residual)
+            y, residual, _ = _add_exact(self.post_attention_layernorm, branch, residual)
         return self.mlp(y), residual
+
+
+def _add_exact(site: BHyT, x: Tensor, residual: Tensor) -> Any:
+    """(y, sum, variance): y where x was and the sum where residual was, as vLLM's fused add has them."""
+    x, (weight, lam) = x.contiguous(), site._weight_and_lam()
+    variance = x.new_empty((*x.shape[:-1], 1), dtype=torch.float32)
+    return torch.ops.bhyt.add_forward.out(
+        x, residual, weight, lam, site.kappa, site.eps, y=x, sum=residual, variance=variance
+    )
+
+
+def _add_approx(site: BHyTApprox, x: Tensor, residual: Tensor, variance: Tensor) -> Any:
+    """(y, sum), in the same places."""
+    x, (weight, lam) = x.contiguous(), site._weight_and_lam()
+    return torch.ops.bhyt.add_forward_approx.out(
+        x, residual, variance, site._offset(), weight, lam, site.kappa, site.eps, y=x, sum=residual
+    )
 
 
 class Native(LoadsOffsets):
     """In front of a class of vLLM's."""
+
+    packed_modules_mapping: Any
 
     def __init__(self, *, vllm_config: Any, prefix: str = "") -> None:
         check_config(vllm_config)
         super().__init__(vllm_config=vllm_config, prefix=prefix)  # type: ignore[call-arg]
         model = self.model
         sites = _model_of_sites(vllm_config)
+        check_fields(sites.config)
         for number in range(model.start_layer, model.end_layer):
             layer, own = model.layers[number], sites.layers[number]
+            check_layer(layer, own, sites.rotary_emb, packed=self.packed_modules_mapping)
             layer.input_layernorm, layer.post_attention_layernorm = own.input_layernorm, own.post_attention_layernorm
             layer.__class__ = type(type(layer).__name__, (Layer, type(layer)), {})
         if isinstance(sites.norm, BHyT) and get_pp_group().is_last_rank:
             model.norm = sites.norm
+        # For a caller who goes past this class.
+        model.load_weights = partial(self.load_by, model.load_weights, prefix="")
 
 
 def _model_of_sites(vllm_config: Any) -> Any:

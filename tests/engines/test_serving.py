@@ -134,11 +134,12 @@ def test_shards() -> None:
         hf.refresh(model)
 
 
-def test_refused_without_plugin() -> None:
-    """F19: vLLM's own backend, which names itself in the config, is refused by name of what serves instead."""
+@pytest.mark.parametrize("engine, reason", [("vllm", r"vllm\.general_plugins"), ("sglang", "SGLang is not supported")])
+def test_refused_without_plugin(engine: str, reason: str) -> None:
+    """F19: engines' own transformers backends, which name themselves in the config, are refused."""
     config = hf.BHyTLlamaConfig(**SIZES, seq_len=32)
-    config._attn_implementation = "vllm"
-    with pytest.raises(RuntimeError, match=r"vllm\.general_plugins"):
+    config._attn_implementation = engine
+    with pytest.raises(RuntimeError, match=reason):
         hf.BHyTLlamaForCausalLM(config)
 
 

@@ -10,7 +10,7 @@ import subprocess
 import sys
 import sysconfig
 from pathlib import Path
-from typing import Any, Dict, List, Tuple
+from typing import Any, Dict, List
 
 import pytest
 import torch
@@ -18,9 +18,12 @@ from torch import nn
 
 import bhyt
 
-from support.hf_models import converted, hf, save_tokenizer
+from support.hf_models import save_tokenizer
 from support.packages import needs
 from support.pages import blocks
+from vllm_models import (
+    BACKEND, COUNT, PROMPTS, VARIANTS, WIDE, difference, drop_offsets, greedy, logprobs, make, other_weights, with_head,
+)  # fmt: skip
 
 transformers = needs("transformers")
 
@@ -30,44 +33,8 @@ if not torch.__version__.startswith("2.13."):
 
 HERE = Path(__file__).parent
 NOT_OURS = ["torchvision", "torchaudio", "torchcodec"]  # of another build of torch, which breaks what imports them
-COUNT, CLOSE = 24, 2e-5
-SHARED = torch.randint(1, 64, (40,), generator=torch.Generator().manual_seed(2)).tolist()
-PROMPTS = [SHARED[:3], SHARED[7:16], SHARED, SHARED + SHARED[5:28]]  # the last two begin with the same 40
-EXPERTS = dict(num_experts_per_tok=2, pad_token_id=0)
-WIDE = dict(hidden_size=128, pad_token_id=0)  # families that want heads * head_dim to be the width
-
-# name -> (how the model is made, options of vllm.LLM)
-VARIANTS: Dict[str, Tuple[Dict[str, Any], Dict[str, Any]]] = {
-    "Llama": ({}, {}),
-    "Llama, prefix caching": ({}, {"enable_prefix_caching": True, "block_size": 32}),
-    "Llama, exact": ({"norm_type": "bhytstar", "last_layer_lam": 1.5}, {}),
-    "Llama, frozen lam": ({"learnable_lam": False}, {}),
-    "Llama, last_layer_lam, exact_layers": ({"last_layer_lam": 1.5, "exact_layers": 1}, {}),
-    "Llama, no offsets": ({}, {}),
-    "Llama, use_gamma_var, no offsets": ({"use_gamma_var": True, "seq_len": 4}, {}),
-    "Llama, tied, no offsets": ({"tie_word_embeddings": True}, {}),
-    "Llama, compiled": ({}, {"enforce_eager": False}),
-    "Mistral": ({"family": "Mistral", "sliding_window": 8}, {}),
-    "Qwen2": ({"family": "Qwen2", "sizes": WIDE}, {}),
-    "Qwen3": ({"family": "Qwen3", "tie_word_embeddings": True}, {}),
-    "Mixtral": ({"family": "Mixtral", "sizes": EXPERTS | {"num_local_experts": 4}}, {}),
-    "Qwen3Moe": ({"family": "Qwen3Moe", "sizes": EXPERTS | {"num_experts": 4, "moe_intermediate_size": 32}}, {}),
-    "Olmoe": ({"family": "Olmoe", "sizes": WIDE | EXPERTS | {"num_experts": 4}}, {}),
-    "Granite": ({"family": "Granite", "sizes": WIDE | dict(
-        logits_scaling=4.0, embedding_multiplier=3.0, attention_multiplier=0.3)}, {}),
-    "Helium, exact with LoRA enabled": (
-        {"family": "Helium", "norm_type": "bhytstar", "sizes": WIDE}, {"enable_lora": True}),
-    "Helium": ({"family": "Helium", "sizes": WIDE}, {}),
-    "Glm": ({"family": "Glm", "sizes": WIDE}, {}),
-    "Phi3": ({"family": "Phi3", "norm_type": "bhytstar", "sizes": WIDE}, {}),
-}  # fmt: skip
+CLOSE = 2e-5
 HALF = ("bfloat16", "float16")
-
-
-def make(options: Dict[str, Any]) -> nn.Module:
-    options = dict(options)
-    sizes = {"head_dim": 32} | options.pop("sizes", {})  # what vLLM's attention on a CPU takes
-    return converted(**{"seq_len": 4, "sizes": sizes} | options)
 
 
 @pytest.fixture(scope="session")
@@ -115,49 +82,6 @@ def job(folder: Path, **options: Any) -> Dict[str, Any]:
     return {"folder": str(folder), "prompts": PROMPTS, "count": COUNT, "options": options}
 
 
-def logprobs(model: nn.Module) -> List[List[float]]:
-    """Of each prompt's tokens but the first."""
-    rows = []
-    with torch.no_grad():
-        for prompt in PROMPTS:
-            scores = model(torch.tensor([prompt])).logits[0].float().log_softmax(-1)
-            rows.append([scores[i, token].item() for i, token in enumerate(prompt[1:])])
-    return rows
-
-
-def greedy(model: nn.Module) -> List[List[int]]:
-    options = dict(max_new_tokens=COUNT, min_new_tokens=COUNT, do_sample=False, eos_token_id=None, pad_token_id=0)
-    return [model.generate(torch.tensor([prompt]), **options)[0, len(prompt) :].tolist() for prompt in PROMPTS]
-
-
-def difference(these: List[List[float]], those: List[List[float]]) -> float:
-    return max(abs(x - y) for row, other in zip(these, those) for x, y in zip(row, other))
-
-
-def drop_offsets(folder: Path) -> None:
-    from safetensors.torch import load_file, save_file
-
-    weights = load_file(folder / "model.safetensors")
-    kept = {name: tensor for name, tensor in weights.items() if not name.endswith("variance_offset")}
-    assert len(weights) - len(kept) == 3
-    save_file(kept, folder / "model.safetensors", metadata={"format": "pt"})
-
-
-def other_weights(options: Dict[str, Any]) -> nn.Module:
-    """A model of the same sizes with other offsets and other logits."""
-    model = make(options)
-    with torch.no_grad():
-        for layer in model.model.layers:
-            layer.self_attn.v_proj.weight.mul_(1.5)
-            layer.mlp.up_proj.weight.mul_(-1)
-    hf.refresh(model)
-    return model
-
-
-def with_head(head: str) -> nn.Module:
-    return converted(head=head, seq_len=4, sizes=dict(head_dim=32, num_labels=3, pad_token_id=0))
-
-
 @pytest.fixture(scope="session")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> Dict[str, Path]:
     """The saved models, and folders to be refused."""
@@ -171,7 +95,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Dict[str, Path]:
     bhyt.quantization.quantize(models["8-bit"])
     for name, model in models.items():
         model.save_pretrained(folder / name)
-        if "no offsets" in name or name in ("new weights", "partial"):
+        if "no offsets" in name or name in ("new weights", "partial", "Model"):
             drop_offsets(folder / name)
     save_tokenizer(folder / "Model")  # which vLLM's embeddings insist on
     weights = load_file(folder / "partial" / "model.safetensors")
@@ -187,11 +111,14 @@ def served(
     """The answers of all that one process can be asked; a process takes long to start."""
     jobs = {name: job(folders[name], **options) for name, (_, options) in VARIANTS.items()}
     jobs["Llama"]["reload"] = str(folders["new weights"])
+    for name in ("Llama", "Llama, compiled"):
+        jobs[name]["write"] = "model.layers.1.input_layernorm.lam"
     jobs["Llama, prefix caching"]["times"] = 2
     jobs |= {kind: job(folders["Llama"], dtype=kind) for kind in HALF}
     jobs["Model"] = job(folders["Model"], runner="pooling", skip_tokenizer_init=False)
     jobs["ForSequenceClassification"] = job(folders["ForSequenceClassification"], runner="pooling")
     jobs |= {name: job(folders[name]) for name in ("8-bit", "DiffLlama", "partial")}
+    jobs |= {f"{name}, natively": job(folders[name]) for name, (_, options) in VARIANTS.items() if options == BACKEND}
     jobs["LoRA"] = job(folders["Llama"], enable_lora=True)
     jobs["dummy"] = job(folders["Llama"], load_format="dummy")
     answers = ask(vllm_python, tmp_path_factory.mktemp("served"), list(jobs.values()), processes=2)
@@ -228,6 +155,13 @@ def test_new_weights(served: Dict[str, Dict[str, Any]]) -> None:
     assert difference(logprobs(model), expected) > 100 * CLOSE
 
 
+@pytest.mark.parametrize("name", ("Llama", "Llama, compiled"))
+def test_weights_written_past_the_offsets(served: Dict[str, Dict[str, Any]], name: str) -> None:
+    """A weight that vLLM writes as it lies (`is_checkpoint_format=False`), of which an offset is computed: an error in
+    place of the next answer."""
+    assert "as they lie in the engine" in served[name]["written"]
+
+
 @pytest.mark.parametrize("head", ("Model", "ForSequenceClassification"))
 def test_heads(served: Dict[str, Dict[str, Any]], head: str) -> None:
     """What vLLM puts on the same classes: a classifier's probabilities and the last token's embedding are those of
@@ -252,10 +186,13 @@ def test_half_precision(served: Dict[str, Dict[str, Any]], folders: Dict[str, Pa
 
 
 def test_refusals(served: Dict[str, Dict[str, Any]]) -> None:
-    """LoRA, made-up weights, 8-bit linears, weights without offsets and W_O, an attention that vLLM does not know."""
+    """LoRA, made-up weights, 8-bit linears, weights without offsets and W_O, an attention that vLLM does not know, what
+    vLLM's own decoders pass over."""
     faults = {"LoRA": "enable_lora: ", "dummy": "load_format: ", "8-bit": "bhyt.quantization",
               "partial": "layers.1.post_attention_layernorm.variance_offset",
-              "DiffLlama": "attention interface"}  # fmt: skip
+              "DiffLlama": "attention interface", "Qwen2, wider heads, natively": "has head_dim 32, transformers 64",
+              "Qwen2, some layers with a window, natively": "some but all layers is not supported",
+              "Qwen3, biases, natively": "o_proj.bias is in transformers' layers"}  # fmt: skip
     for name, words in faults.items():
         assert words in served[name].get("error", ""), (name, served[name])
 

@@ -1,8 +1,9 @@
 """What vLLM answers, in its own environment, for test_vllm.py: python vllm_answers.py jobs.json answers.json
 
 A job: {"folder", "prompts" (lists of token ids), "count" (of tokens), "times", "options" (of vllm.LLM), "reload" (a
-folder of new weights, loaded behind all else)}. An answer: {"tokens", "logprobs" (of each prompt's tokens but the
-first), "length", "reloaded" (the logprobs of the new weights)}, {"vectors"} of a classifier or an embedding model, or
+folder of new weights, loaded behind all else), "write" (a weight that is doubled where it lies, last of all)}. An
+answer: {"tokens", "logprobs" (of each prompt's tokens but the first), "length", "reloaded" (the logprobs of the new
+weights), "written" (the error of the answer that follows)}, {"vectors"} of a classifier or an embedding model, or
 {"error"}.
 """
 
@@ -10,6 +11,7 @@ import gc
 import json
 import sys
 import time
+from pathlib import Path
 from typing import Any, Dict, List
 
 
@@ -56,22 +58,42 @@ def answer(job: Dict[str, Any]) -> Dict[str, Any]:
     if "reload" in job:
         llm.collective_rpc("reload_weights", kwargs={"weights_path": job["reload"]})
         given["reloaded"] = logprobs(llm, job["prompts"])
+    if "write" in job:
+        weight = llm.apply_model(lambda model: model.get_parameter(job["write"]).detach() * 2)[0]
+        options = {"weights_iterator": [(job["write"], weight)], "is_checkpoint_format": False}
+        llm.collective_rpc("reload_weights", kwargs=options)
+        try:
+            logprobs(llm, job["prompts"])
+        except RuntimeError as error:
+            given["written"] = str(error)
     llm.llm_engine.engine_core.shutdown()
     return given
 
 
+def import_models() -> None:
+    """Into this process. vLLM would start a process for each class, to look at it."""
+    from vllm import ModelRegistry
+    from vllm.plugins import load_general_plugins
+
+    load_general_plugins()
+    for name, model in list(ModelRegistry.models.items()):
+        if name.startswith("BHyT"):
+            ModelRegistry.register_model(name, model.load_model_cls())
+
+
 def main(jobs: str, answers: str) -> None:
-    given = []
-    with open(jobs) as file:
-        for job in json.load(file):
-            start = time.perf_counter()
-            try:
-                given.append(answer(job))
-            except Exception as error:
-                given.append({"error": str(error)})
-            gc.collect()
-            seconds = time.perf_counter() - start
-            print(f"{seconds:.1f} s: {job['folder']} {given[-1].get('error', '')}", file=sys.stderr, flush=True)
+    given, asked = [], json.loads(Path(jobs).read_text())
+    if len(asked) > 2:
+        import_models()
+    for job in asked:
+        start = time.perf_counter()
+        try:
+            given.append(answer(job))
+        except Exception as error:
+            given.append({"error": str(error)})
+        gc.collect()
+        seconds = time.perf_counter() - start
+        print(f"{seconds:.1f} s: {job['folder']} {given[-1].get('error', '')}", file=sys.stderr, flush=True)
     with open(answers, "w") as file:
         json.dump(given, file)
 
