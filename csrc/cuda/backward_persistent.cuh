@@ -126,9 +126,8 @@ constexpr int kRowRegisters = 120;
 // A group loads the packs of its next row while the sum of the current row is made. The sums of the columns stay in
 // registers until the end. Packs beyond a row's end are not loaded: they are zeros, which add nothing.
 template <class Branch, class Stream, class Wanted, bool summed>
-BHYT_KERNEL_WITHIN(kMaxThreads, kRowRegisters)
-backward_rows_persistent(const BackwardParams p, const Constants<float> constants, const Ladder ladder,
-                         const Course course, const Partials<float> out) {
+BHYT_DEVICE void block_rows(const BackwardParams& p, const Constants<float>& constants, const Ladder& ladder,
+                            const Course& course, const Partials<float>& out) {
   using A = float;
   constexpr int W = kPackWidth<Stream>;
   constexpr int N = kBackwardElements / W;
@@ -260,6 +259,13 @@ backward_rows_persistent(const BackwardParams p, const Constants<float> constant
   hw::block_barrier();  // the gains are read no more
   sum_within_warp<Wanted>(ladder, columns, lam);
   store_block_sums<Wanted>(p, at, ladder, course, columns, lam, block_columns, out);
+}
+
+template <class Branch, class Stream, class Wanted, bool summed>
+BHYT_KERNEL_WITHIN(kMaxThreads, kRowRegisters)
+backward_rows_persistent(const BackwardParams p, const Constants<float> constants, const Ladder ladder,
+                         const Course course, const Partials<float> out) {
+  block_rows<Branch, Stream, Wanted, summed>(p, constants, ladder, course, out);
 }
 
 }  // namespace

@@ -7,6 +7,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <utility>
 
 #include "simt_machine.h"
 
@@ -81,18 +82,19 @@ inline void barrier(int id, int threads) {
 inline void cluster_arrive() {
   simt::Machine& m = simt::machine();
   if (m.current->cluster_generation >= 0) simt::fail("arrived twice at the cluster's barrier");
-  m.current->cluster_generation = m.cluster_barrier.arrive(m.block_threads() * m.cluster);
+  simt::Barrier& barrier = m.current->block->in_cluster(0).cluster_barrier;
+  m.current->cluster_generation = barrier.arrive(m.block_threads() * m.cluster);
 }
 
 inline void cluster_wait() {
-  simt::Machine& m = simt::machine();
-  simt::Thread& me = *m.current;
+  simt::Thread& me = *simt::machine().current;
+  simt::Barrier& barrier = me.block->in_cluster(0).cluster_barrier;
   if (me.cluster_generation < 0) simt::fail("waits for a cluster barrier without having arrived");
   const int generation = me.cluster_generation;
   me.cluster_generation = -1;
   me.knows_cluster_runs = true;
-  if (m.cluster_barrier.generation != generation) return;
-  me.waits_for = &m.cluster_barrier;
+  if (barrier.generation != generation) return;
+  me.waits_for = &barrier;
   me.generation = generation;
   simt::yield();
 }
@@ -124,8 +126,10 @@ struct Inbox {
 static_assert(sizeof(Inbox) == 8);
 
 inline void cluster_store(float* mine, Inbox& inbox, int target, float v) {
-  if (!simt::machine().current->knows_cluster_runs) simt::fail("a store to a block that may not run yet");
-  unsigned char* const theirs = simt::machine().blocks.at(target).shared;
+  const simt::Machine& m = simt::machine();
+  if (!m.current->knows_cluster_runs) simt::fail("a store to a block that may not run yet");
+  if (target >= m.cluster) simt::fail("a store to a block that is not in the cluster");
+  unsigned char* const theirs = m.current->block->in_cluster(target).shared;
   const auto offset = [](const void* at) { return static_cast<const unsigned char*>(at) - shared(); };
   *reinterpret_cast<float*>(theirs + offset(mine)) = v;
   reinterpret_cast<Inbox*>(theirs + offset(&inbox))->add(-4);
@@ -135,6 +139,20 @@ inline void load_scalar(const void* from, int bytes, uint32_t& low, uint32_t& hi
   simt::touch();
   std::memcpy(&low, from, bytes == 2 ? 2 : 4);
   if (bytes == 8) std::memcpy(&high, static_cast<const char*>(from) + 4, 4);
+}
+
+// Counters in device memory. Other blocks may run before a thread counts, and while it looks.
+inline uint32_t add_relaxed(uint32_t* counter, uint32_t v) {
+  simt::touch();
+  simt::yield();
+  ++simt::machine().counted[block_x() * blocks_y() + block_y()];
+  return std::exchange(*counter, *counter + v);
+}
+inline uint32_t add_acq_rel(uint32_t* counter, uint32_t v) { return add_relaxed(counter, v); }
+inline uint32_t load_acquire(const uint32_t* counter) {
+  simt::touch();
+  simt::yield();
+  return *counter;
 }
 
 inline void wait_for_previous_grid() { simt::machine().current->waited = true; }
