@@ -87,6 +87,7 @@ cudaError_t backward(const BackwardParams& p, void* workspace, const Device& dev
                      BackwardVariant variant) {
   if (!p.needs_g() && !p.grad_weight) return cudaSuccess;
   const Plan plan = plan_of(p, device);
+  const bool ring = variant == BackwardVariant::ring && ring_stages(p, plan, device) > 0;
   if (variant == BackwardVariant::one_launch && fits_one_launch(p, plan)) {
     int ticket = kNoTicket;
     const cudaError_t error = find_ticket(device.index, on, &ticket);
@@ -102,6 +103,8 @@ cudaError_t backward(const BackwardParams& p, void* workspace, const Device& dev
     if (p.rows == 0 || p.d == 0) {  // nothing to add: run_sums writes zeros
       if (p.grad_variance_out && p.rows > 0)
         error = cudaMemsetAsync(p.grad_variance_out, 0, p.rows * sizeof(A), on);
+    } else if (ring) {
+      error = backward_ring(p, workspace, device, on);
     } else {
       error = with_wanted(p, [&](auto wanted) {
         return run_rows<Branch, Stream, decltype(wanted)>(p, plan, partials, device, on);

@@ -9,7 +9,8 @@ namespace {
 // A share for each block; a stripe for each team of a block at least.
 Finish finish_of(const BackwardParams& p, const Plan& plan, int ticket) {
   const Ladder& ladder = plan.ladder;
-  const int64_t stripes = p.grad_weight ? ceil_div(p.d, kStripe) : 0, teams = ladder.threads * ladder.groups / kSumThreads;
+  const int64_t stripes = p.grad_weight ? ceil_div(p.d, kStripe) : 0;
+  const int64_t teams = ladder.threads * ladder.groups / kSumThreads;
   Finish finish;
   finish.ticket = ticket;
   finish.stripes = ceil_div(ceil_div(stripes, teams), plan.blocks * ladder.parts) * teams;

@@ -27,8 +27,9 @@ BHYT_DEVICE_MEMORY Tickets all_tickets[kTickets];
 // Looks of about 0.4 us each. Blocks of a GPU that has nothing else to do end within a few microseconds.
 constexpr int kPatience = 64;
 
-// A block leaves `taken` by a number behind the last share, or, out of patience, by a count in the upper half. Who sees
-// that all have left sets the counters to zero for the next call: nobody reads them any more.
+// A block leaves `taken` by a number behind the last share, or, out of patience, by a count in the upper half. There are
+// fewer than 2^14 blocks, and one share more than blocks at most. Who sees that all have left sets the counters to zero
+// for the next call: nobody reads them any more.
 constexpr uint32_t kGaveUp = 1 << 16;
 
 BHYT_DEVICE bool all_have_left(uint32_t taken, uint32_t shares, uint32_t blocks) {
@@ -53,6 +54,7 @@ BHYT_DEVICE uint32_t take(Tickets& tickets, const Finish& finish, uint32_t block
 BHYT_DEVICE void add_partials(const BackwardParams& p, const Partials<float>& in, const Place& at, const Ladder& ladder,
                               const Finish& finish, float* shared) {
   const int threads = ladder.threads * ladder.groups, thread = at.group * ladder.threads + at.lane;
+  // A block has more than half of kMaxThreads, so two teams at least.
   const int teams = threads / kSumThreads, team = thread / kSumThreads, member = thread % kSumThreads;
   const uint32_t blocks = static_cast<uint32_t>(hw::blocks_x()) * hw::blocks_y();
   float* const sums = shared + team * kSumThreads;
@@ -68,7 +70,8 @@ BHYT_DEVICE void add_partials(const BackwardParams& p, const Partials<float>& in
     hw::block_barrier();
     const uint32_t share = numbers[turn & 1];
     if (share >= finish.shares) return;
-    if (thread == 0) numbers[(turn + 1) & 1] = take(tickets, finish, blocks, all);  // on its way while the share is added
+    // On its way while the share is added.
+    if (thread == 0) numbers[(turn + 1) & 1] = take(tickets, finish, blocks, all);
     const bool for_lam = share == finish.shares - 1;
     const int64_t first = share * finish.stripes, end = first + (for_lam ? 1 : finish.stripes);
     const auto wait = [&] { hw::barrier(1 + team, kSumThreads); };

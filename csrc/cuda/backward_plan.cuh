@@ -1,9 +1,8 @@
 // What a backward launches: one plan answers how much workspace, and which kernels on which grid.
 #pragma once
 
-#include "backward_persistent.cuh"
+#include "backward_ring.cuh"
 #include "dispatch.cuh"
-#include "sum_partials.cuh"
 
 namespace bhyt::cuda {
 namespace {
@@ -44,12 +43,26 @@ Plan plan_of(const BackwardParams& p, const Device& device) {
   return plan;
 }
 
-// Whether the blocks of the rows can add the partial sums too: they are enough threads for a stripe, and the counters
-// have bits for their number.
+// Whether the blocks of the rows add the partial sums too, where that is asked for.
 bool fits_one_launch(const BackwardParams& p, const Plan& plan) {
+  return plan.persistent && (p.grad_weight || p.grad_lam);
+}
+
+int64_t persistent_shared_bytes(const Ladder& ladder) {
+  return sizeof(SumSlots<float>) + sizeof(float) * kGainsApart * ladder.threads;
+}
+
+// A row's part of x and of grad_y.
+int64_t ring_stage_bytes(const Ladder& ladder) { return 2 * int64_t(ladder.packs) * ladder.threads * 16; }
+
+// Rows of the ring of backward_ring.cuh: 3, or 2 where they are long; 0 where it does not suit. Its rows are a cluster's,
+// so that all threads of a block work on one, and x and grad_y are alike.
+int ring_stages(const BackwardParams& p, const Plan& plan, const Device& device) {
   const Ladder& ladder = plan.ladder;
-  return plan.persistent && (p.grad_weight || p.grad_lam) && ladder.threads * ladder.groups >= kSumThreads &&
-         plan.blocks * ladder.parts < 1 << 14;
+  if (!plan.persistent || ladder.parts == 1 || p.branch != p.stream || !p.needs_sums()) return 0;
+  const int64_t left = device.shared_bytes - persistent_shared_bytes(ladder) - kInboxBytes;
+  const int64_t stages = left / ring_stage_bytes(ladder);
+  return stages < 2 ? 0 : static_cast<int>(std::min<int64_t>(stages, kMostStages));
 }
 
 template <class A>
@@ -90,10 +103,6 @@ Course course_of(const BackwardParams& p, const Plan& plan) {
   return course;
 }
 
-int64_t persistent_shared_bytes(const Ladder& ladder) {
-  return sizeof(SumSlots<float>) + sizeof(float) * kGainsApart * ladder.threads;
-}
-
 // The persistent kernel's grid. sums: of rows, so that a cluster's blocks exchange theirs.
 Grid persistent_grid(const Plan& plan, bool sums, const Device& device, cudaStream_t on) {
   const Ladder& ladder = plan.ladder;
@@ -118,4 +127,10 @@ cudaError_t with_summed(const BackwardParams& p, F&& f) {
 }
 
 }  // namespace
+
+// The rows of the variants, each a translation unit of its own; that of one launch adds the partial sums too.
+cudaError_t backward_one_launch(const BackwardParams& p, void* workspace, const Device& device, cudaStream_t on,
+                                int ticket);
+cudaError_t backward_ring(const BackwardParams& p, void* workspace, const Device& device, cudaStream_t on);
+
 }  // namespace bhyt::cuda

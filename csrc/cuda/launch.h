@@ -11,13 +11,14 @@ namespace bhyt::cuda {
 cudaError_t forward(const ForwardParams& p, const Device& device, cudaStream_t on);
 cudaError_t forward_quantized(const ForwardParams& p, const Device& device, cudaStream_t on);
 
-// Ways through a backward that no GPU has compared yet. Results and workspace are the same, bit for bit. A call that one
-// does not suit takes the first.
+// Ways through a backward, which no GPU has compared yet. Results are the same, bit for bit, and so is the workspace. A
+// call that one does not suit takes the first.
 enum class BackwardVariant {
   two_launches,  // one for the rows, one for the sums of their partial sums
   one_launch,    // the rows' blocks add the partial sums: backward_one_launch.cuh
+  ring,          // rows that clusters share come through a ring in shared memory: backward_ring.cuh
 };
-constexpr const char* kBackwardVariants[] = {"two_launches", "one_launch"};
+constexpr const char* kBackwardVariants[] = {"two_launches", "one_launch", "ring"};
 
 // By name; no name, or an empty one, is the first's. False if there is none of that name.
 inline bool find_variant(const char* name, BackwardVariant* variant) {

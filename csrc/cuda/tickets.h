@@ -37,8 +37,8 @@ class TicketBook {
     const std::lock_guard<std::mutex> lock(mutex_);
     const auto found = streams_.find(id);
     if (found != streams_.end()) return found->second;
-    if (streams_.size() == kStreamTickets) return kNoTicket;
-    return streams_[id] = static_cast<int>(streams_.size()) - 1;
+    const int next = static_cast<int>(streams_.size());
+    return next == kStreamTickets ? kNoTicket : streams_[id] = next;
   }
 
   int take() {
@@ -95,8 +95,5 @@ cudaError_t find_ticket(const Driver& driver, TicketBook& book, int* ticket) {
 
 // For a call on stream `on` of the current device, number `device`.
 cudaError_t find_ticket(int device, cudaStream_t on, int* ticket);
-
-cudaError_t backward_one_launch(const BackwardParams& p, void* workspace, const Device& device, cudaStream_t on,
-                                int ticket);
 
 }  // namespace bhyt::cuda

@@ -3,6 +3,7 @@
 
 #include "backward.cu"
 #include "backward_one_launch.cu"
+#include "backward_ring.cu"
 
 #include "rows.h"
 
@@ -35,6 +36,7 @@ struct Case {
   int64_t x_offset = 0, pad = 0;
   bool clusters = true, expanded_grad_y = false;
   int multiprocessors = 2;
+  int64_t shared_bytes = 48 << 10;
   double lam_value = 2.0;
   Wanted wanted;
   simt::Order order = simt::Order::ascending;
@@ -126,6 +128,7 @@ Outputs run(const Case& c, const Inputs& in) {
   device.hopper_or_later = c.clusters;
   if (c.clusters)
     for (int i = 1; i < cuda::kClusterSizes; ++i) device.resident_clusters[i] = 2;
+  device.shared_bytes = c.shared_bytes;
   const int64_t bytes = cuda::backward_workspace(p, device);
   Tensor workspace(DType::f32, 1, bytes / 4);
   simt::machine().products = simt::machine().shuffles = 0;

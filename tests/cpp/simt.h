@@ -118,8 +118,24 @@ struct Inbox {
   }
   void wait(uint32_t parity) const {
     for (int turns = 0; (phases & 1) == parity; ++turns) {
+      if (turns > 0) bring();
       if (turns > 100000) simt::fail("deadlock: an inbox waits for what never comes");
       simt::yield();
+    }
+  }
+
+ private:
+  void bring() const {  // what load_bulk() was asked for
+    std::vector<simt::BulkLoad>& loads = simt::machine().loads;
+    for (size_t i = 0; i < loads.size();) {
+      if (loads[i].inbox != this) {
+        ++i;
+        continue;
+      }
+      const simt::BulkLoad load = loads[i];
+      loads.erase(loads.begin() + i);
+      std::memcpy(load.to, load.from, load.bytes);
+      const_cast<Inbox*>(this)->add(-static_cast<int32_t>(load.bytes));
     }
   }
 };
@@ -134,6 +150,17 @@ inline void cluster_store(float* mine, Inbox& inbox, int target, float v) {
   *reinterpret_cast<float*>(theirs + offset(mine)) = v;
   reinterpret_cast<Inbox*>(theirs + offset(&inbox))->add(-4);
 }
+
+// The bytes come when somebody waits for them, and not at once. Until then there are NaNs.
+inline void load_bulk(void* to, const void* from, uint32_t bytes, Inbox& inbox) {
+  simt::touch();
+  if (bytes == 0 || bytes % 16 || reinterpret_cast<uintptr_t>(from) % 16 || reinterpret_cast<uintptr_t>(to) % 16)
+    simt::fail("a bulk load takes a multiple of 16 bytes, aligned to 16");
+  std::memset(to, 0xff, bytes);
+  simt::machine().bulk_loaded += bytes;
+  simt::machine().loads.push_back({to, from, bytes, &inbox});
+}
+inline void let_bulk_loads_see() {}
 
 inline void load_scalar(const void* from, int bytes, uint32_t& low, uint32_t& high) {
   simt::touch();

@@ -1,7 +1,7 @@
-// A GPU for tests, its threads and blocks: runs a kernel so many clusters of blocks at a time, in turn. Each thread is a
-// fiber that runs until it waits at a barrier, a shuffle or a cluster barrier, or looks at what other blocks count; the
-// order in which fibers and clusters get their turn can be varied, so that a missing barrier shows. Shared memory
-// starts as NaNs and is as long as the launch asked for. A deadlock ends the program.
+// A GPU for tests, its threads and blocks: runs a kernel some clusters of blocks at a time. Each thread is a fiber that
+// runs until it waits at a barrier, a shuffle or a cluster barrier, or looks at what other blocks count. The order in
+// which fibers and clusters get their turn can be varied, so that a missing barrier shows. Shared memory starts as NaNs
+// and is as long as the launch asked for. A deadlock ends the program.
 #pragma once
 
 #include <algorithm>
@@ -125,17 +125,26 @@ struct Thread {
   bool knows_cluster_runs = false, waited = false, done = false;
 };
 
+struct BulkLoad {
+  void* to;
+  const void* from;
+  uint32_t bytes;
+  const void* inbox;
+};
+
 enum class Order { ascending, descending, shuffled };
 
 struct Machine {
   Order order = Order::ascending, block_order = Order::ascending;
   int at_once = 1;  // clusters
+  int64_t most_shared = 48 << 10, asked_shared = 0, bulk_loaded = 0;
   bool has_float8 = true, has_bulk_prefetch = true, overlaps_last = false;
   int threads_x = 1, threads_y = 1, blocks_y = 1, cluster = 1;
   int64_t blocks_x = 1, launches = 0, products = 0, shuffles = 0, prefetched = 0;
   std::vector<int> counted;   // by block, the ones along y beside each other: how often it has added to a counter
   std::vector<Block> blocks;  // of the clusters that run
   std::vector<Thread> threads;
+  std::vector<BulkLoad> loads;  // on their way
   Thread* current = nullptr;
   Context scheduler;
   std::function<void()> body;
@@ -212,6 +221,7 @@ inline void run_clusters() {
     if (!moved && nobody_slept) fail("deadlock: some threads wait where others never come");
     everybody = !moved;
   }
+  if (!m.loads.empty()) fail("a bulk load that nobody waits for");
   for (const Block& block : m.blocks)
     for (int i = 0; i < 64; ++i)
       if (block.shared[block.shared_bytes + i] != 0xa5) fail("a write behind the end of shared memory");
@@ -227,8 +237,9 @@ cudaError_t run(const Grid& grid, std::function<void()> body) {
   ++m.launches;
   const int threads = m.block_threads();
   const bool legal = grid.blocks_x >= 1 && grid.blocks_x <= 0x7fffffff && grid.blocks_y >= 1 &&
-                     grid.blocks_y <= 65535 && threads >= 1 && threads <= 512 && grid.shared_bytes <= 48 << 10 &&
+                     grid.blocks_y <= 65535 && threads >= 1 && threads <= 512 && grid.shared_bytes <= m.most_shared &&
                      grid.cluster >= 1 && grid.cluster <= 16 && grid.blocks_y % grid.cluster == 0;
+  m.asked_shared = std::max<int64_t>(m.asked_shared, grid.shared_bytes);
   if (!legal) return cudaErrorInvalidConfiguration;
 
   m.counted.assign(m.blocks_x * m.blocks_y, 0);
