@@ -79,7 +79,7 @@ def compiled(archs: list[str], folder: Path) -> list[Path]:
     """Object files of the kernels as they lie here."""
     codes = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in archs]
     files = []
-    for name in ("forward", "forward_quantized", "backward", "backward_one_launch"):
+    for name in ("forward", "forward_quantized", "backward", "backward_one_launch", "backward_ring"):
         files.append(folder / f"{name}.o")
         source = str(ROOT / "csrc" / "cuda" / f"{name}.cu")
         run("nvcc", "-std=c++17", "-O3", "--threads", "2", *codes, "-c", source, "-o", str(files[-1]))

@@ -66,7 +66,7 @@ def loops(code: Code) -> Iterator[list[Instruction]]:
 
 
 def runs_of_loads(code: Code) -> list[int]:
-    """Loads that are issued before anything waits for one: the longest run of each loop that has one, the best first."""
+    """Loads that are issued before anything waits for one: the longest run of each loop, the best first."""
     runs = []
     for body in loops(code):
         run, longest = 0, 0

@@ -55,11 +55,11 @@ int64_t persistent_shared_bytes(const Ladder& ladder) {
 // A row's part of x and of grad_y.
 int64_t ring_stage_bytes(const Ladder& ladder) { return 2 * int64_t(ladder.packs) * ladder.threads * 16; }
 
-// Rows of the ring of backward_ring.cuh: 3, or 2 where they are long; 0 where it does not suit. Its rows are a cluster's,
-// so that all threads of a block work on one, and x and grad_y are alike.
+// Rows of the ring of backward_ring.cuh: 3, or 2 where they are long; 0 where it does not suit. Its rows are those of
+// clusters, so that all threads of a block work on one; x and grad_y are alike; and a row has a sum and a grad_x.
 int ring_stages(const BackwardParams& p, const Plan& plan, const Device& device) {
   const Ladder& ladder = plan.ladder;
-  if (!plan.persistent || ladder.parts == 1 || p.branch != p.stream || !p.needs_sums()) return 0;
+  if (!plan.persistent || ladder.parts == 1 || p.branch != p.stream || !p.needs_sums() || !p.grad_x) return 0;
   const int64_t left = device.shared_bytes - persistent_shared_bytes(ladder) - kInboxBytes;
   const int64_t stages = left / ring_stage_bytes(ladder);
   return stages < 2 ? 0 : static_cast<int>(std::min<int64_t>(stages, kMostStages));

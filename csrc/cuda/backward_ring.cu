@@ -18,12 +18,13 @@ cudaError_t backward_ring(const BackwardParams& p, void* workspace, const Device
     using T = typename decltype(stream)::type;
     return with_wanted(p, [&](auto wanted) -> cudaError_t {
       using Wanted = decltype(wanted);
-      if constexpr (!Wanted::sum || std::is_same_v<T, double> || !std::is_same_v<decltype(branch), decltype(stream)>)
+      constexpr bool suits = Wanted::sum && Wanted::writes && std::is_same_v<decltype(branch), decltype(stream)>;
+      if constexpr (!suits || std::is_same_v<T, double>)
         return cudaErrorInvalidValue;
       else
         return with_summed<Wanted>(p, [&](auto summed) {
-          return launch(backward_rows_ring<T, Wanted, summed>, grid, p, constants_of<float>(p), plan.ladder, course, out,
-                        ring);
+          return launch(backward_rows_ring<T, Wanted, summed>, grid, p, constants_of<float>(p), plan.ladder, course,
+                        out, ring);
         });
     });
   });

@@ -22,7 +22,8 @@ spec.loader.exec_module(machine_code)
 pytestmark = pytest.mark.slow
 # What is tuned: 16-byte packs, row in registers or persistent.
 TUNED = re.compile(r"forward_row_in_registers|backward_rows_\w+|sum_partials")
-ROWS = {"backward_rows_persistent": 75, "backward_rows_one_launch": 65}  # row kernels of the backward, of each variant
+# Row kernels of the backward, of each variant.
+ROWS = {"backward_rows_persistent": 75, "backward_rows_one_launch": 65, "backward_rows_ring": 24}
 SOME_CODE = """
 .func : x
         /*0000*/                   S2R R0, SR_TID.X ;
@@ -143,6 +144,8 @@ def test_row_loops_flush_nothing(files: list[Path]) -> None:
             assert stores >= 2 if grad_x != "0" else stores == 0, code.name
             exchanges = any(name.startswith("SYNCS") for name in body)  # of sums
             assert exchanges == (sums == "true" and int(arch) >= 90), code.name
+            bulk = sum(name.startswith("UBLKCP") for name in body)
+            assert bulk == (2 if "ring" in code.name and int(arch) >= 90 else 0), code.name
             flushes = ("MEMBAR", "CCTL.IVALL", "UCGABAR", "ERRBAR")
             assert not [name for name in body if name.startswith(flushes)], code.name
 

@@ -1,5 +1,6 @@
 """`python -m bhyt`: the report and its self-check."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -89,7 +90,7 @@ def test_report_names_a_variant_of_the_backward(monkeypatch: pytest.MonkeyPatch)
     assert facts["CUDA kernels"] == "sm_80; CUDA 13.0, driver for CUDA 13.0; backward: one_launch, experimental"
 
 
-@pytest.mark.parametrize("name", ["", "two_launches", "one_launch"])
+@pytest.mark.parametrize("name", ["", "two_launches", "one_launch", "ring"])
 def test_variants_of_the_backward(name: str) -> None:
     """By name; no name is the first; an unknown one raises before anything is computed."""
     if not torch.ops.bhyt.build_info()["cuda_archs"]:
@@ -101,9 +102,9 @@ def test_variants_of_the_backward(name: str) -> None:
         return subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
 
     assert run(name).stdout.strip() == (name or "two_launches")
-    done = run(name + "s")
-    assert done.returncode != 0 and "BHYT_CUDA_BACKWARD: expected one of two_launches, one_launch" in done.stderr
-    assert f"got {name}s" in done.stderr
+    done = run(f"{name}s")
+    expected = "BHYT_CUDA_BACKWARD: expected one of two_launches, one_launch, ring, got"
+    assert done.returncode != 0 and f"{expected} {name}s" in done.stderr
 
 
 def test_report_of_an_old_driver(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,7 +2,7 @@
 
 from mutants import Mutant
 
-ONE, TICKETS = ("one_launch",), ("device",)
+ONE, TICKETS, RING = ("one_launch",), ("device",), ("ring",)
 KERNEL, PLAN = "backward_one_launch.cuh", "backward_one_launch.cu"
 CUDA_VARIANTS = (
     Mutant(KERNEL, "  hw::block_barrier();  // the partial sums are written\n", "", ONE),
@@ -39,4 +39,21 @@ CUDA_VARIANTS = (
     Mutant("tickets.h", "    self->book->give_back(self->ticket);\n", "", TICKETS),
     Mutant("tickets.h", "next_ < kTickets ?", "next_ <= kTickets ?", TICKETS),
     Mutant("launch.h", "if (name == nullptr || *name == 0) return true;", "if (name == nullptr) return true;", TICKETS),
+    Mutant("backward_ring.cuh", "left <= 0 ? 0 : left < most_", "left < most_", RING),
+    Mutant("backward_ring.cuh", "left < most_ ? static_cast<int>(left) : most_;", "most_;", RING),
+    Mutant("backward_ring.cuh", "i < shape_.stages && i < rows;", "i < shape_.stages;", RING),
+    Mutant("backward_ring.cuh", "turn + shape_.stages < rows)", "turn + shape_.stages <= rows)", RING),
+    Mutant("backward_ring.cuh", "from + most_);", "from);", RING),
+    Mutant("backward_ring.cuh", "stage_ = 0, phase_ ^= 1;", "stage_ = 0;", RING),
+    Mutant("backward_ring.cuh", "    inboxes_[i].expect(2 * bytes_);\n", "", RING),
+    Mutant("backward_ring.cuh", "i < shape_.stages; ++i) inboxes_", "i < shape_.stages - 1; ++i) inboxes_", RING),
+    Mutant("backward_ring.cu", "(ring.stages - 1) * course.grad_y;", "ring.stages * course.grad_y;", RING),
+    Mutant("backward_ring.cu", "kInboxBytes + ring", "ring", RING),
+    Mutant("backward_persistent.cuh", "if constexpr (Ring::used) ring.wait();", "", RING),
+    Mutant("backward_persistent.cuh", "        if (k < packs) ring.read(", "        ring.read(", RING),
+    Mutant("backward_plan.cuh", "ladder.parts == 1 || p.branch", "p.branch", RING),
+    Mutant("backward_plan.cuh", "|| !p.needs_sums() || !p.grad_x)", "|| !p.grad_x)", RING),
+    Mutant("backward_plan.cuh", "|| !p.needs_sums() || !p.grad_x)", "|| !p.needs_sums())", RING),
+    Mutant("backward_plan.cuh", "std::min<int64_t>(stages, kMostStages)", "std::min<int64_t>(stages, 2)", RING),
+    Mutant("device.h", "driver.shared_bytes(index, &found.shared_bytes)", "cudaSuccess", TICKETS),
 )

@@ -57,6 +57,8 @@ void elsewhere() {
   first(other);
   other = c, other.exact = false, other.wanted = {true, false, true, false};  // no sums of rows
   first(other);
+  other.wanted = {false, true, true, true};  // no grad_x
+  first(other);
 }
 
 }  // namespace
@@ -80,7 +82,7 @@ int main() {
   Case c;  // fewer rows than stages; rows that are repeated
   c.branch = c.stream = DType::bf16, c.d = 16384, c.rows = 1;
   test(c, 3);
-  c.rows = 2, c.wanted = {false, true, true, true};
+  c.rows = 2, c.wanted = {true, true, true, false};
   test(c, 3);
   elsewhere();
   return rows::report("ring");
