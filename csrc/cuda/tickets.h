@@ -6,7 +6,8 @@
 //   * Outside of a capture each stream has counters of its own, for good: its calls run one behind the other, and one
 //     that is launched early waits for the one before.
 //   * A captured call has counters of its own as long as its graph and what is instantiated from it: a graph may run on
-//     any stream, beside calls of the stream that it was captured on. A graph does not run beside itself.
+//     any stream, beside calls of the stream that it was captured on. A graph does not run beside itself. One that is
+//     updated from another (cudaGraphExecUpdate, which torch does not call) must not outlive that one.
 // A call for which there are none left takes two launches, with the same bits. A launch that is refused touches no
 // counters. A kernel that is aborted leaves them as they are, but no kernel of the process runs after it.
 #pragma once

@@ -202,8 +202,9 @@ inline void run_clusters() {
   for (size_t left = turns.size(), pass = 0; left > 0; ++pass) {
     if (m.order == Order::shuffled) m.shuffle(turns);
     // Shuffled is unfair too: a quarter of the warps sleeps for 64 passes, while others run ahead as far as they can.
+    // They fall asleep at different times: in the middle of what they do between two barriers, too.
     const auto asleep = [&](int i) {
-      const uint32_t hash = (i / 32 + 1) * 2654435761u ^ uint32_t(pass / 64 + 1) * 2246822519u;
+      const uint32_t hash = (i / 32 + 1) * 2654435761u ^ uint32_t((pass + i / 32 * 11) / 64 + 1) * 2246822519u;
       return m.order == Order::shuffled && !everybody && (hash >> 13 & 3) == 0;
     };
     bool moved = false;
