@@ -2,9 +2,10 @@
 
     python benchmarks/bench_variants.py --variant before=FOLDER --variant now=FOLDER --out variants.json
 
-FOLDER has a build's package `bhyt`: a wheel, unpacked. Each build runs in a process of its own, as a process can load
-but one; they are asked for a sample in turn, so that clock and heat are the same for all. The first variant is what the
-others are compared with. Every process times a copy too: where the copies differ, nothing can be said.
+FOLDER has a build's package `bhyt`: a wheel, unpacked. FOLDER@NAME runs it with BHYT_CUDA_BACKWARD=NAME, a variant of
+the backward. Each variant runs in a process of its own, as a process can load but one build and keeps to one variant;
+they are asked for a sample in turn, so that clock and heat are the same for all. The first variant is what the others
+are compared with. Every process times a copy too: where the copies differ, nothing can be said.
 """
 
 import argparse
@@ -44,8 +45,8 @@ def problems() -> Iterator[Problem]:
 
 
 def serve(dry: bool) -> None:
-    """Answers lines on stdin: null with the library's path, a problem with the names of its calls, a name with a sample
-    of it in microseconds."""
+    """Answers lines on stdin: null with the library's path and its variant of the backward, a problem with the names of
+    its calls, a name with a sample of it in microseconds."""
     sys.path.append(str(HERE))
     import common
     import common_cuda
@@ -88,7 +89,12 @@ def serve(dry: bool) -> None:
     for line in sys.stdin:
         request = json.loads(line)
         if request is None:
-            answer: Any = str(bhyt.library_path())
+            named = os.environ.get("BHYT_CUDA_BACKWARD", "two_launches")
+            if hasattr(torch.ops.bhyt, "cuda_backward"):
+                torch.ops.bhyt.cuda_backward()  # raises where the build has no variant of that name
+            elif named != "two_launches" and not dry:
+                raise SystemExit(f"bench_variants.py: {bhyt.library_path()} has no variants of the backward")
+            answer: Any = [str(bhyt.library_path()), named]
         else:
             answer = sample(request) if isinstance(request, str) else prepare(Problem(*request))
         print(json.dumps(answer), flush=True)
@@ -97,11 +103,13 @@ def serve(dry: bool) -> None:
 class Build:
     """A build's process, as its parent sees it."""
 
-    def __init__(self, folder: str, dry: bool) -> None:
+    def __init__(self, place: str, dry: bool) -> None:
+        folder, _, backward = place.partition("@")
         command = [sys.executable, "-P", str(Path(__file__).resolve()), "--serve", *(["--dry"] if dry else [])]
         path = os.pathsep.join([str(Path(folder).resolve()), os.environ.get("PYTHONPATH", "")])
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
-        self.process = subprocess.Popen(command, text=True, env={**os.environ, "PYTHONPATH": path}, **pipes)
+        environment = {**os.environ, "PYTHONPATH": path, "BHYT_CUDA_BACKWARD": backward or "two_launches"}
+        self.process = subprocess.Popen(command, text=True, env=environment, **pipes)
 
     def ask(self, request: Any) -> Any:
         assert self.process.stdin and self.process.stdout
@@ -133,7 +141,7 @@ def measure(problem: Problem, builds: dict[str, Build], rounds: int) -> dict[str
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--variant", action="append", default=[], metavar="NAME=FOLDER")
+    parser.add_argument("--variant", action="append", default=[], metavar="NAME=FOLDER[@BACKWARD]")
     parser.add_argument("--seconds", type=float, default=float("inf"), help="begin no problem after so many")
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--out")
@@ -155,10 +163,10 @@ def main() -> None:
         parser.exit(2, "bench_variants.py: no CUDA device\n")
     environment = common_cuda.environment()
     results = []
-    builds = {name: Build(folder, options.dry) for name, _, folder in (v.partition("=") for v in options.variant)}
-    libraries = {name: build.ask(None) for name, build in builds.items()}
-    if len(set(libraries.values())) < len(builds):
-        raise SystemExit(f"bench_variants.py: expected a library for each variant, got {libraries}")
+    builds = {name: Build(place, options.dry) for name, _, place in (v.partition("=") for v in options.variant)}
+    kinds = {name: build.ask(None) for name, build in builds.items()}
+    if len(set(map(tuple, kinds.values()))) < len(builds):
+        raise SystemExit(f"bench_variants.py: expected variants that differ, got {kinds}")
     began = time.monotonic()
     for problem in problems():
         if time.monotonic() - began > options.seconds:
@@ -166,7 +174,8 @@ def main() -> None:
         results.append(result := measure(problem, builds, options.rounds))
         print(f"{str(problem):34}" + "".join(f"  {variant} {table['bhyt']:.2f} us (copy {table['copy']:.2f})"
                                              for variant, table in result["us"].items()), flush=True)  # fmt: skip
-        payload = {"environment": environment, "variants": list(builds), "results": results}
+        variants = {name: backward for name, (_, backward) in kinds.items()}
+        payload = {"environment": environment, "variants": variants, "results": results}
         common.write_json("variants", payload, device=common.slug(environment["device"]), out=options.out)
     for build in builds.values():
         build.end()

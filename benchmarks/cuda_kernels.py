@@ -1,5 +1,6 @@
 """The tuned CUDA kernels as machine_code.py measures them, what each may cost, and the GPUs they run on."""
 
+import re
 from typing import NamedTuple
 
 
@@ -50,6 +51,22 @@ class Kernel(NamedTuple):
     loop: bool = False  # rows in a loop: what stands before and after it is not counted
     elements: int = 0  # per thread, where its stores are too narrow to tell them from a row's variance
     large: float = 0  # instructions per element where every pack has an argument of tanh above 0.9, if they are more
+
+
+def in_one_launch(kernel: Kernel) -> Kernel:
+    """The backward's variant: the same row loop. What comes behind it is not counted."""
+    name = kernel.name.replace("backward_rows_persistent", "backward_rows_one_launch")
+    return kernel._replace(title=f"{kernel.title}, one launch", name=name, budget=kernel.budget + 0.6,
+                           large=kernel.large + 0.6)  # fmt: skip
+
+
+def in_a_ring(kernel: Kernel) -> Kernel:
+    """The backward's variant with rows in shared memory, from d = 16384 on."""
+    name = re.sub(r"backward_rows_persistent<(\w+), \1,", r"backward_rows_ring<\1,", kernel.name)
+    stages, size = (3, 2) if "bf16" in name else (2, 4)
+    shared = 41232 + 32 + stages * 2 * 16 * size * kernel.threads
+    return kernel._replace(title=f"{kernel.title}, ring", name=name, budget=kernel.budget + 2.4,
+                           large=kernel.large + 2.4, shared=shared)  # fmt: skip
 
 
 # fmt: off
@@ -116,3 +133,7 @@ KERNELS = (
            "backward_rows_persistent<float, float, Wanted<1, false, false>, false>",
            12, 4, 512, 20.7, 20752, True, large=28.7),
 )
+# fmt: on
+PERSISTENT = tuple(k for k in KERNELS if k.loop)
+KERNELS += tuple(in_one_launch(k) for k in PERSISTENT if "Wanted<1, false, false>" not in k.name)
+KERNELS += tuple(in_a_ring(k) for k in PERSISTENT if re.search(r"<(\w+), \1, Wanted<\d, true,", k.name))

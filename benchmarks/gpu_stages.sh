@@ -65,10 +65,12 @@ benchmark_peers() {
 
 variants() {
   [ -n "$VARIANTS" ] || { echo "no VARIANTS: nothing to compare"; return; }
-  local variant arguments=()
+  local variant wheel arguments=()
   for variant in $VARIANTS; do
-    "$PYTHON" -m zipfile -e "${variant#*=}" "$WORK/${variant%%=*}" || return
-    arguments+=(--variant "${variant%%=*}=$WORK/${variant%%=*}")
+    wheel=${variant#*=}
+    "$PYTHON" -m zipfile -e "${wheel%@*}" "$WORK/${variant%%=*}" || return
+    case $wheel in *@*) variant=${variant%%=*}@${wheel##*@} ;; *) variant=${variant%%=*} ;; esac
+    arguments+=(--variant "${variant%@*}=$WORK/$variant")
   done
   "$PYTHON" benchmarks/bench_variants.py "${arguments[@]}" --seconds "$(seconds_left 20)" --out "$OUT/variants.json" \
     ${DRY:+--dry}

@@ -22,7 +22,13 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent))  # as a module the tests load it from elsewhere
 from cuda_kernels import GPUS, ISSUED_WARPS, KERNELS, LIMITS, Gpu, Kernel  # noqa: E402
 from sass import INSTRUCTION, PIPES, Code, Instruction, machine_code, run, tool  # noqa: E402, F401
-from sass_latency import epilogue_turn, loads_in_a_row, registers_of, waiting_for_the_row  # noqa: E402, F401
+from sass_latency import (  # noqa: E402, F401
+    epilogue_turn,
+    loads_in_a_row,
+    registers_of,
+    runs_of_loads,
+    waiting_for_the_row,
+)
 from sass_paths import in_flight, main_path  # noqa: E402, F401
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -73,7 +79,7 @@ def compiled(archs: list[str], folder: Path) -> list[Path]:
     """Object files of the kernels as they lie here."""
     codes = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in archs]
     files = []
-    for name in ("forward", "forward_quantized", "backward"):
+    for name in ("forward", "forward_quantized", "backward", "backward_one_launch", "backward_ring"):
         files.append(folder / f"{name}.o")
         source = str(ROOT / "csrc" / "cuda" / f"{name}.cu")
         run("nvcc", "-std=c++17", "-O3", "--threads", "2", *codes, "-c", source, "-o", str(files[-1]))

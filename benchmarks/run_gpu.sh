@@ -5,7 +5,8 @@
 #     benchmarks/run_gpu.sh OUTDIR second     variants, sanitizers, what only a GPU shows, peers: 300 s at most
 #
 # WHEEL=bhyt.whl                    the package, built elsewhere by gpu_wheel.sh; without it the first command builds
-# VARIANTS="before=a.whl now=b.whl" builds to be timed beside each other
+# VARIANTS="before=a.whl now=b.whl" builds to be timed beside each other; one=b.whl@one_launch: with that variant of the
+#                                   backward
 # PEERS=peers.tar.xz                the packages that gpu_peers.sh packed
 # DRY=1                             tries it all without a GPU: few rows on the CPU, made-up times, no limits; what only
 #                                   a GPU's machine can do is printed
@@ -21,7 +22,11 @@ case $CALL in first) limit=420 ;; second) limit=300 ;; *) echo "$usage" >&2; exi
 OUT=$(mkdir -p "${1:?$usage}" && cd "$1" && pwd)
 for name in WHEEL PEERS; do [ -z "${!name:-}" ] || declare "$name=$(realpath "${!name}")"; done
 builds=
-for variant in ${VARIANTS:-}; do builds+="${variant%%=*}=$(realpath "${variant#*=}") "; done
+for variant in ${VARIANTS:-}; do  # a wheel's @BACKWARD stays behind its path
+  wheel=${variant#*=}
+  case $wheel in *@*) backward=@${wheel##*@} ;; *) backward= ;; esac
+  builds+="${variant%%=*}=$(realpath "${wheel%@*}")$backward "
+done
 cd "$(dirname "$0")/.." || exit
 PYTHON=${PYTHON:-python3}
 DRY=${DRY:-}

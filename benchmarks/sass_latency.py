@@ -65,8 +65,8 @@ def loops(code: Code) -> Iterator[list[Instruction]]:
             yield code.instructions[code.index[target] : i + 1]
 
 
-def loads_in_a_row(code: Code) -> int:
-    """Loads that are issued before anything waits for one: the longest run of each loop, of the worst one."""
+def runs_of_loads(code: Code) -> list[int]:
+    """Loads that are issued before anything waits for one: the longest run of each loop, the best first."""
     runs = []
     for body in loops(code):
         run, longest = 0, 0
@@ -80,7 +80,12 @@ def loads_in_a_row(code: Code) -> int:
             longest = max(longest, run)
         if longest:
             runs.append(longest)
-    return min(runs, default=0)
+    return sorted(runs, reverse=True)
+
+
+def loads_in_a_row(code: Code) -> int:
+    """The longest run of the worst loop."""
+    return min(runs_of_loads(code), default=0)
 
 
 def epilogue_turn(code: Code) -> int:

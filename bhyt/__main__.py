@@ -15,6 +15,8 @@ def _cuda_kernels(build: Dict[str, str]) -> str:
     if not build["cuda_archs"]:
         return "not built"
     text = f"{build['cuda_archs']}; CUDA {build['cuda_runtime']}, driver for CUDA {build['cuda_driver']}"
+    if (backward := torch.ops.bhyt.cuda_backward()) != "two_launches":
+        text += f"; backward: {backward}, experimental"
     return f"{text}: {build['cuda_problem']}" if build["cuda_problem"] else text
 
 

@@ -15,8 +15,8 @@ from mkdocs.structure.files import File
 
 ROOT = Path(__file__).parent.parent
 OUTSIDE = (
-    "CHANGELOG.md", "CONTRIBUTING.md", "benchmarks/README.md", "benchmarks/gpu.md", "research/README.md",
-    "research/study.md", "tests/README.md", "tests/ROBUSTNESS.md",
+    "CHANGELOG.md", "CONTRIBUTING.md", "benchmarks/README.md", "benchmarks/gpu.md", "benchmarks/gpu_variants.md",
+    "research/README.md", "research/study.md", "tests/README.md", "tests/ROBUSTNESS.md",
 )  # fmt: skip
 README = "readme/README.md"  # in the site, though in no menu: so that its links are checked
 PICTURES = "research/figures/*.png"

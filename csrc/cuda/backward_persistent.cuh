@@ -123,12 +123,17 @@ BHYT_DEVICE void store_block_sums(const BackwardParams& p, const Place& at, cons
 // waits there for the rows' end.
 constexpr int kRowRegisters = 120;
 
+// The packs of the next row come into registers.
+struct NoRing {
+  static constexpr bool used = false;
+};
+
 // A group loads the packs of its next row while the sum of the current row is made. The sums of the columns stay in
-// registers until the end. Packs beyond a row's end are not loaded: they are zeros, which add nothing.
-template <class Branch, class Stream, class Wanted, bool summed>
-BHYT_KERNEL_WITHIN(kMaxThreads, kRowRegisters)
-backward_rows_persistent(const BackwardParams p, const Constants<float> constants, const Ladder ladder,
-                         const Course course, const Partials<float> out) {
+// registers until the end. Packs beyond a row's end are not loaded: they are zeros, which add nothing. With a ring rows
+// come through shared memory: backward_ring.cuh.
+template <class Branch, class Stream, class Wanted, bool summed, class Ring = NoRing>
+BHYT_DEVICE void block_rows(const BackwardParams& p, const Constants<float>& constants, const Ladder& ladder,
+                            const Course& course, const Partials<float>& out, Ring ring = Ring()) {
   using A = float;
   constexpr int W = kPackWidth<Stream>;
   constexpr int N = kBackwardElements / W;
@@ -167,6 +172,7 @@ backward_rows_persistent(const BackwardParams p, const Constants<float> constant
     v = *row_at<A>(cursor.variance);
     if (exact && course.has_grad_variance) next_dv = *row_at<A>(cursor.variance + course.to_grad_variance);
   };
+  if constexpr (Ring::used) ring.open(at, ladder, N);
   const auto load_pack = [&](int k) {
     next_x[k] = StreamPack::template load<true>(row_at<Stream>(cursor.x), k * apart, p.d);
     grad_y[k] = BranchPack::template load<true>(row_at<Branch>(cursor.grad_y), k * apart, p.d);
@@ -175,9 +181,10 @@ backward_rows_persistent(const BackwardParams p, const Constants<float> constant
   hw::wait_for_previous_grid();
   if (rows > 0) {
     load_statistics();
+    if constexpr (Ring::used) ring.fill(cursor.x, cursor.grad_y, rows, course.x, course.grad_y);
 #pragma unroll
     for (int k = 0; k < N; ++k)
-      if (k < packs) load_pack(k);
+      if (!Ring::used && k < packs) load_pack(k);
   }
   const SiteScalars<A> scalars(p, constants, exact);
   if (Wanted::g && at.group == 0) {
@@ -220,14 +227,19 @@ backward_rows_persistent(const BackwardParams p, const Constants<float> constant
     }
     A x[N][W], g[N][W], sum = 0;
     if (turn + 1 < rows) load_statistics();
+    if constexpr (Ring::used) ring.wait();
 #pragma unroll
     for (int k = 0; k < N; ++k) {
+      if constexpr (Ring::used) {
+        next_x[k] = StreamPack::zero(), grad_y[k] = BranchPack::zero();
+        if (k < packs) ring.read(k, next_x[k], grad_y[k]);
+      }
       next_x[k].get_all(x[k]);
 #pragma unroll
       for (int j = 0; j < W; ++j) hw::pin(x[k][j]);  // else it would be converted again for grad_x
       const A added = gradient<Stream, Wanted>(x[k], grad_y[k], gains + k * W, scale.a, g[k], columns[k]);
       sum = k == 0 ? added : hw::add(sum, added);
-      if (k < next_packs) load_pack(k);
+      if (!Ring::used && k < next_packs) load_pack(k);
     }
 
     const auto store_grad_x = [&](A c) {
@@ -244,6 +256,7 @@ backward_rows_persistent(const BackwardParams p, const Constants<float> constant
     // 16-bit rows.
     if (Wanted::sum && course.needs_sums) {
       sum = group_sum<true>(sum, ladder, at, slots, turn);
+      if constexpr (Ring::used) ring.next(cursor.x, cursor.grad_y, turn, rows);  // all have read this row
       if (ladder.parts > 1) sum = cluster_sum(sum, ladder, at, slots, turn);
       lam = hw::fma(scale.per_lam, sum, lam);
       if constexpr (exact) {
@@ -260,6 +273,13 @@ backward_rows_persistent(const BackwardParams p, const Constants<float> constant
   hw::block_barrier();  // the gains are read no more
   sum_within_warp<Wanted>(ladder, columns, lam);
   store_block_sums<Wanted>(p, at, ladder, course, columns, lam, block_columns, out);
+}
+
+template <class Branch, class Stream, class Wanted, bool summed>
+BHYT_KERNEL_WITHIN(kMaxThreads, kRowRegisters)
+backward_rows_persistent(const BackwardParams p, const Constants<float> constants, const Ladder ladder,
+                         const Course course, const Partials<float> out) {
+  block_rows<Branch, Stream, Wanted, summed>(p, constants, ladder, course, out);
 }
 
 }  // namespace

@@ -7,6 +7,7 @@
 #include <torch/version.h>
 
 #include <array>
+#include <cstdlib>
 #include <string>
 
 #include "../ops/device.h"
@@ -68,12 +69,26 @@ void run_forward(const ForwardParams& p, const Tensor& x) {
   check(run(p, device, BHYT_STREAM_OF(x.device())), device.index);
 }
 
+// BHYT_CUDA_BACKWARD, read once: a process keeps to one variant.
+cuda::BackwardVariant backward_variant() {
+  static const cuda::BackwardVariant variant = [] {
+    const char* const name = std::getenv("BHYT_CUDA_BACKWARD");
+    cuda::BackwardVariant found;
+    if (cuda::find_variant(name, &found)) return found;
+    std::string known;
+    for (const char* const each : cuda::kBackwardVariants) known += (known.empty() ? "" : ", ") + std::string(each);
+    TORCH_CHECK(false, "bhyt: BHYT_CUDA_BACKWARD: expected one of ", known, ", got ", name);
+  }();
+  return variant;
+}
+
 void run_backward(const BackwardParams& p, const Tensor& x) {
   const c10::DeviceGuard guard(x.device());
   const cuda::Device& device = use_device(x.device());
   const int64_t bytes = cuda::backward_workspace(p, device);
   const Tensor workspace = at::empty({bytes}, x.options().dtype(at::kByte));
-  check(cuda::backward(p, workspace.mutable_data_ptr(), device, BHYT_STREAM_OF(x.device())), device.index);
+  check(cuda::backward(p, workspace.mutable_data_ptr(), device, BHYT_STREAM_OF(x.device()), backward_variant()),
+        device.index);
 }
 
 // What the kernels on this device were compiled for, and the clusters that it runs at once.
@@ -88,6 +103,7 @@ std::string cuda_code(int64_t index) {
 TORCH_LIBRARY_FRAGMENT(bhyt, m) {
   if (!registers_ops()) return;
   m.def("cuda_code(int device) -> str", cuda_code);
+  m.def("cuda_backward() -> str", [] { return std::string(cuda::kBackwardVariants[int(backward_variant())]); });
 }
 
 TORCH_LIBRARY_IMPL(bhyt, CUDA, m) { register_ops<DeviceOps<run_forward, run_backward>>(m); }

@@ -72,6 +72,24 @@ BHYT_DEVICE void cluster_store(float* mine, Inbox& inbox, int target, float v) {
 #endif
 }
 
+// Copies bytes, a multiple of 16 from an address that is one, into this block's shared memory, and counts them in
+// `inbox`. One thread asks; the inbox must have been opened by it.
+BHYT_DEVICE void load_bulk(void* to, const void* from, uint32_t bytes, Inbox& inbox) {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
+                   static_cast<uint32_t>(__cvta_generic_to_shared(to))),
+               "l"(__cvta_generic_to_global(from)), "r"(bytes), "r"(inbox.address())
+               : "memory");
+#endif
+}
+
+// Behind open(): load_bulk() counts in an inbox by another way than the block's own instructions.
+BHYT_DEVICE void let_bulk_loads_see() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+#endif
+}
+
 // Programmatic dependent launch: the kernel may start early, and waits here for the work before it.
 BHYT_DEVICE void wait_for_previous_grid() {
 #if __CUDA_ARCH__ >= 900

@@ -18,6 +18,13 @@ struct Runtime {
     return cudaDeviceGetAttribute(count, cudaDevAttrMultiProcessorCount, index);
   }
 
+  cudaError_t shared_bytes(int index, int64_t* bytes) const {
+    int found = 0;
+    const cudaError_t error = cudaDeviceGetAttribute(&found, cudaDevAttrMaxSharedMemoryPerBlockOptin, index);
+    *bytes = found;
+    return error;
+  }
+
   cudaError_t code(Code* found) const {
     cudaFuncAttributes attributes;
     const cudaError_t error = cudaFuncGetAttributes(&attributes, kernel.function);

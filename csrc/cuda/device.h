@@ -2,6 +2,7 @@
 // on the host; device.cu asks the driver.
 #pragma once
 
+#include <cstdint>
 #include <mutex>
 #include <string>
 
@@ -26,6 +27,7 @@ struct Device {
   int index = 0;
   int multiprocessors = 1;
   bool hopper_or_later = false;  // has clusters and programmatic dependent launch, and so has the code it runs
+  int64_t shared_bytes = 48 << 10;  // of a block, at most
   // How many clusters of 2^i blocks run at once, each block with a multiprocessor to itself; 0: none can.
   int resident_clusters[kClusterSizes] = {};
   Code code;
@@ -41,6 +43,7 @@ cudaError_t describe(const Driver& driver, int index, Device* device) {
   Device found;
   found.index = index;
   cudaError_t error = driver.multiprocessors(index, &found.multiprocessors);
+  if (error == cudaSuccess) error = driver.shared_bytes(index, &found.shared_bytes);
   if (error == cudaSuccess) error = driver.code(&found.code);
   if (error != cudaSuccess) return error;
   found.hopper_or_later = hopper_or_later(found.code);

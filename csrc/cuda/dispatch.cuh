@@ -37,6 +37,12 @@ cudaError_t launch(void (*kernel)(Parameters...), const Grid& grid, Arguments...
       if (error != cudaSuccess) return error;
     }
   }
+  if (grid.shared_bytes > 48 << 10) {  // which a kernel must ask for
+    const cudaError_t error =
+        cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize,
+                             static_cast<int>(grid.shared_bytes));
+    if (error != cudaSuccess) return error;
+  }
   if (grid.overlaps_last) {
     cudaLaunchAttribute& attribute = attributes[config.numAttrs++];
     attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;

@@ -17,6 +17,7 @@
 #include <cstring>
 
 #define BHYT_DEVICE __device__ __forceinline__
+#define BHYT_DEVICE_MEMORY __device__
 // For these architectures ptxas spills although registers are free, unless it is told that one block is enough.
 #if defined(__CUDA_ARCH__) && (__CUDA_ARCH__ < 900 || __CUDA_ARCH__ >= 1200)
 #define BHYT_KERNEL(max_threads) __global__ void __launch_bounds__(max_threads, 1)
@@ -234,4 +235,5 @@ BHYT_DEVICE void load_scalar(const void* from, int bytes, uint32_t& low, uint32_
 }  // namespace bhyt::cuda::hw
 
 #include "clusters.cuh"
+#include "counters.cuh"
 #endif

@@ -41,20 +41,20 @@ BHYT_DEVICE A sum_apart(const A* numbers, int first, int64_t step, int64_t count
   return sum;
 }
 
-template <class A>
-BHYT_KERNEL_SHARING(kSumThreads, (hw::kArch < 90 || sizeof(A) == 8 ? 8 : 16))
-sum_partials(const BackwardParams p, const Partials<A> in) {
-  A* const sums = reinterpret_cast<A*>(hw::shared());  // [kSumThreads]
-  const int lane = hw::thread_x(), slice = hw::thread_y(), thread = slice * kStripe + lane;
-  const bool for_lam = hw::block_x() == hw::blocks_x() - 1;
-  const int64_t column = hw::block_x() * kStripe + lane;
+// One stripe of columns, or lam, by kSumThreads threads: `sums` is theirs, and wait() waits for them. start() comes
+// before anything is read.
+template <class A, class Start, class Wait>
+BHYT_DEVICE void sum_stripe(const BackwardParams& p, const Partials<A>& in, int64_t stripe, bool for_lam, int lane,
+                            int slice, A* sums, Start&& start, Wait&& wait) {
+  const int thread = slice * kStripe + lane;
+  const int64_t column = stripe * kStripe + lane;
   const bool for_column = !for_lam && column < p.d;
-  hw::wait_for_previous_grid();
+  start();
   A sum = 0;
   if (for_column) sum = sum_apart<kSlices>(in.weight + column, slice, p.d, in.count);
   if (for_lam && p.grad_lam) sum = sum_apart<kSumThreads>(in.lam, thread, 1, in.lam_count);
   sums[thread] = sum;
-  hw::block_barrier();
+  wait();
   if (thread >= 32) return;
   sum = 0;
   if (for_lam) {
@@ -65,6 +65,16 @@ sum_partials(const BackwardParams p, const Partials<A> in) {
     for (int i = 0; i < kSlices; ++i) sum = hw::add(sum, sums[i * kStripe + lane]);
     write(p.grad_weight, p.weight.dtype, column, sum);
   }
+}
+
+template <class A>
+BHYT_KERNEL_SHARING(kSumThreads, (hw::kArch < 90 || sizeof(A) == 8 ? 8 : 16))
+sum_partials(const BackwardParams p, const Partials<A> in) {
+  A* const sums = reinterpret_cast<A*>(hw::shared());  // [kSumThreads]
+  const bool for_lam = hw::block_x() == hw::blocks_x() - 1;
+  sum_stripe(
+      p, in, hw::block_x(), for_lam, hw::thread_x(), hw::thread_y(), sums, [] { hw::wait_for_previous_grid(); },
+      [] { hw::block_barrier(); });
 }
 
 }  // namespace

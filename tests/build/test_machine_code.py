@@ -21,7 +21,9 @@ spec.loader.exec_module(machine_code)
 
 pytestmark = pytest.mark.slow
 # What is tuned: 16-byte packs, row in registers or persistent.
-TUNED = re.compile(r"forward_row_in_registers|backward_rows_persistent|sum_partials")
+TUNED = re.compile(r"forward_row_in_registers|backward_rows_\w+|sum_partials")
+# Row kernels of the backward, of each variant.
+ROWS = {"backward_rows_persistent": 75, "backward_rows_one_launch": 65, "backward_rows_ring": 24}
 SOME_CODE = """
 .func : x
         /*0000*/                   S2R R0, SR_TID.X ;
@@ -102,18 +104,38 @@ def test_sums_over_blocks_wait_once(files: list[Path]) -> None:
         pytest.skip("sm_90 is not built")
     codes = tuned(files, "90")
     sums = {code.name: code for code in codes if "sum_partials" in code.name}
-    rows = [code for code in codes if "backward_rows_persistent" in code.name]
+    rows = [code for code in codes if "backward_rows_" in code.name]
     beside = max(code.registers for code in rows)  # 512 threads of these, and 128 of the others
     assert 512 * beside + 128 * sums["sum_partials<float>"].registers <= 65536, beside
     turns = {code.name: machine_code.epilogue_turn(code) for code in rows}
     assert all(0 < turn <= 200 for turn in turns.values()), turns
 
 
+def test_one_launch_orders_memory(files: list[Path]) -> None:
+    """In the variant of one launch a block counts itself behind a fence of the whole GPU, and reads other blocks' sums
+    behind what empties its own cache. The sums over blocks, of columns and of lam, wait as rarely as in a kernel of
+    their own. No row loop has any of it."""
+    for arch in architectures():
+        codes = [code for code in tuned(files, arch) if "one_launch" in code.name]
+        assert len(codes) == ROWS["backward_rows_one_launch"]
+        for code in codes:
+            names = [i.name for i in code.instructions]
+            counts = [i for i, name in enumerate(names) if name.startswith("ATOMG") and "ADD.STRONG.GPU" in name]
+            fences = [i for i, name in enumerate(names) if re.match(r"MEMBAR\.\w+\.GPU", name)]
+            looks = [i for i, name in enumerate(names) if name.startswith("LDG.E.STRONG.GPU")]
+            emptied = [i for i, name in enumerate(names) if name == "CCTL.IVALL"]
+            assert fences and counts and fences[0] < counts[0], code.name
+            assert any(counts[0] < i < counts[1] for i in emptied), code.name
+            assert looks and any(looks[0] < i for i in emptied), code.name
+            wanted = "Wanted<2, true, true>" in code.name or "Wanted<1, true, true>" in code.name
+            assert not wanted or machine_code.runs_of_loads(code)[1] >= 8, code.name
+
+
 def test_row_loops_flush_nothing(files: list[Path]) -> None:
     """A cluster's blocks exchange their sums without a barrier that empties caches or waits for all of memory."""
     for arch in architectures():
-        loops = [code for code in tuned(files, arch) if "backward_rows_persistent" in code.name]
-        assert len(loops) == 75
+        loops = [code for code in tuned(files, arch) if "backward_rows_" in code.name]
+        assert {name: sum(name in code.name for code in loops) for name in ROWS} == ROWS
         for code in loops:
             grad_x, sums = re.search(r"Wanted<(\d), (\w+),", code.name).groups()
             addresses = [instruction.address for instruction in machine_code.main_path(code, loop=True)]
@@ -122,6 +144,8 @@ def test_row_loops_flush_nothing(files: list[Path]) -> None:
             assert stores >= 2 if grad_x != "0" else stores == 0, code.name
             exchanges = any(name.startswith("SYNCS") for name in body)  # of sums
             assert exchanges == (sums == "true" and int(arch) >= 90), code.name
+            bulk = sum(name.startswith("UBLKCP") for name in body)
+            assert bulk == (2 if "ring" in code.name and int(arch) >= 90 else 0), code.name
             flushes = ("MEMBAR", "CCTL.IVALL", "UCGABAR", "ERRBAR")
             assert not [name for name in body if name.startswith(flushes)], code.name
 

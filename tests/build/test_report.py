@@ -1,5 +1,6 @@
 """`python -m bhyt`: the report and its self-check."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -56,11 +57,14 @@ class Gpu(NamedTuple):
     minor: int
 
 
-def facts_with(monkeypatch: pytest.MonkeyPatch, code: Callable[[int], str], **build: str) -> Dict[str, str]:
+def facts_with(
+    monkeypatch: pytest.MonkeyPatch, code: Callable[[int], str], backward: str = "two_launches", **build: str
+) -> Dict[str, str]:
     """The report of a build for CUDA 13.0 on a machine with an H100."""
     own = torch.ops.bhyt.build_info()
     fake = {**own, "cuda_archs": "sm_80", "cuda_runtime": "13.0", "cuda_driver": "13.0", "cuda_problem": "", **build}
-    ops = SimpleNamespace(bhyt=SimpleNamespace(build_info=lambda: fake, cuda_code=code))
+    ops = SimpleNamespace(build_info=lambda: fake, cuda_code=code, cuda_backward=lambda: backward)
+    ops = SimpleNamespace(bhyt=ops)
     monkeypatch.setattr(report.torch, "ops", ops)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda i: Gpu("NVIDIA H100", 9, 0))
@@ -78,6 +82,29 @@ def test_report_names_the_code_that_runs(monkeypatch: pytest.MonkeyPatch) -> Non
         raise RuntimeError("bhyt: no kernels for device cuda:0\nand a stack")
 
     assert facts_with(monkeypatch, none)["GPUs"].endswith("sm_90 (bhyt: no kernels for device cuda:0)")
+
+
+def test_report_names_a_variant_of_the_backward(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that BHYT_CUDA_BACKWARD asks for."""
+    facts = facts_with(monkeypatch, lambda i: "", backward="one_launch")
+    assert facts["CUDA kernels"] == "sm_80; CUDA 13.0, driver for CUDA 13.0; backward: one_launch, experimental"
+
+
+@pytest.mark.parametrize("name", ["", "two_launches", "one_launch", "ring"])
+def test_variants_of_the_backward(name: str) -> None:
+    """By name; no name is the first; an unknown one raises before anything is computed."""
+    if not torch.ops.bhyt.build_info()["cuda_archs"]:
+        pytest.skip("built without CUDA")
+    code = "import torch, bhyt; print(torch.ops.bhyt.cuda_backward())"
+
+    def run(variant: str) -> "subprocess.CompletedProcess[str]":
+        environment = {**os.environ, "BHYT_CUDA_BACKWARD": variant}
+        return subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+
+    assert run(name).stdout.strip() == (name or "two_launches")
+    done = run(f"{name}s")
+    expected = "BHYT_CUDA_BACKWARD: expected one of two_launches, one_launch, ring, got"
+    assert done.returncode != 0 and f"{expected} {name}s" in done.stderr
 
 
 def test_report_of_an_old_driver(monkeypatch: pytest.MonkeyPatch) -> None:

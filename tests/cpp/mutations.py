@@ -20,6 +20,7 @@ import time
 from pathlib import Path
 
 from mutants import AVX2, AVX512, CPU, CUDA, Mutant
+from mutants_variants import CUDA_VARIANTS
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -180,7 +181,7 @@ def report(mutant: Mutant, noticed: str, seconds: float) -> None:
 
 def main(devices: list[str]) -> int:
     survivors = mutants = 0
-    for device, listed, survive in (("cuda", CUDA, cuda_survivors), ("cpu", CPU, cpu_survivors)):
+    for device, listed, survive in (("cuda", CUDA + CUDA_VARIANTS, cuda_survivors), ("cpu", CPU, cpu_survivors)):
         if device in devices or not devices:
             listed = of_this_cpu(listed) if device == "cpu" else listed
             survivors, mutants = survivors + survive(listed), mutants + len(listed)

@@ -8,7 +8,7 @@
 #include <cstdint>
 #include <cstring>
 
-#include "simt_machine.h"
+#include "simt_clusters.h"
 
 namespace simt {
 
@@ -44,17 +44,6 @@ inline uint32_t to_small_float(double v, int exponent, int mantissa) {
 
 namespace bhyt::cuda::hw {
 
-constexpr int kArch = 0;
-
-inline int thread_x() { return simt::machine().current->x; }
-inline int thread_y() { return simt::machine().current->y; }
-inline int threads_x() { return simt::machine().threads_x; }
-inline int64_t block_x() { return simt::machine().current->block->x; }
-inline int block_y() { return simt::machine().current->block->y; }
-inline int64_t blocks_x() { return simt::machine().blocks_x; }
-inline int blocks_y() { return simt::machine().blocks_y; }
-inline unsigned char* shared() { return simt::machine().current->block->shared; }
-
 template <class A>
 A shuffle_xor(A v, int mask) {
   ++simt::machine().shuffles;
@@ -78,67 +67,11 @@ inline void barrier(int id, int threads) {
   simt::wait(simt::machine().current->block->barriers[id], threads);
 }
 
-inline void cluster_arrive() {
-  simt::Machine& m = simt::machine();
-  if (m.current->cluster_generation >= 0) simt::fail("arrived twice at the cluster's barrier");
-  m.current->cluster_generation = m.cluster_barrier.arrive(m.block_threads() * m.cluster);
-}
-
-inline void cluster_wait() {
-  simt::Machine& m = simt::machine();
-  simt::Thread& me = *m.current;
-  if (me.cluster_generation < 0) simt::fail("waits for a cluster barrier without having arrived");
-  const int generation = me.cluster_generation;
-  me.cluster_generation = -1;
-  me.knows_cluster_runs = true;
-  if (m.cluster_barrier.generation != generation) return;
-  me.waits_for = &m.cluster_barrier;
-  me.generation = generation;
-  simt::yield();
-}
-
-// As the mbarrier: one arrival and a balance of bytes end a phase; bytes may come before they are expected.
-struct Inbox {
-  int32_t missing;
-  int16_t arrivals;
-  uint16_t phases;
-
-  void open() { *this = {0, 0, 0}; }
-  void expect(uint32_t bytes) {
-    if (arrivals++) simt::fail("an inbox is asked to expect twice in a phase");
-    add(static_cast<int32_t>(bytes));
-  }
-  void add(int32_t bytes) {
-    missing += bytes;
-    if (arrivals == 0 || missing != 0) return;
-    arrivals = 0;
-    ++phases;
-  }
-  void wait(uint32_t parity) const {
-    for (int turns = 0; (phases & 1) == parity; ++turns) {
-      if (turns > 100000) simt::fail("deadlock: an inbox waits for what never comes");
-      simt::yield();
-    }
-  }
-};
-static_assert(sizeof(Inbox) == 8);
-
-inline void cluster_store(float* mine, Inbox& inbox, int target, float v) {
-  if (!simt::machine().current->knows_cluster_runs) simt::fail("a store to a block that may not run yet");
-  unsigned char* const theirs = simt::machine().blocks.at(target).shared;
-  const auto offset = [](const void* at) { return static_cast<const unsigned char*>(at) - shared(); };
-  *reinterpret_cast<float*>(theirs + offset(mine)) = v;
-  reinterpret_cast<Inbox*>(theirs + offset(&inbox))->add(-4);
-}
-
 inline void load_scalar(const void* from, int bytes, uint32_t& low, uint32_t& high) {
   simt::touch();
   std::memcpy(&low, from, bytes == 2 ? 2 : 4);
   if (bytes == 8) std::memcpy(&high, static_cast<const char*>(from) + 4, 4);
 }
-
-inline void wait_for_previous_grid() { simt::machine().current->waited = true; }
-inline void let_next_grid_start() {}
 
 template <class A>
 A add(A a, A b) { return a + b; }

@@ -1,7 +1,7 @@
-// A GPU for tests, its threads and blocks: runs a kernel one cluster of blocks at a time. Each thread is a fiber that
-// runs until it waits at a barrier, a shuffle or a cluster barrier; the order in which fibers get their turn can be
-// varied, so that a missing barrier shows. Shared memory starts as NaNs and is as long as the launch asked for. A
-// deadlock ends the program.
+// A GPU for tests, its threads and blocks: runs a kernel some clusters of blocks at a time. Each thread is a fiber that
+// runs until it waits at a barrier, a shuffle or a cluster barrier, or looks at what other blocks count. The order in
+// which fibers and clusters get their turn can be varied, so that a missing barrier shows. Shared memory starts as NaNs
+// and is as long as the launch asked for. A deadlock ends the program.
 #pragma once
 
 #include <algorithm>
@@ -18,6 +18,7 @@
 #endif
 
 #define BHYT_DEVICE inline
+#define BHYT_DEVICE_MEMORY inline
 #define BHYT_KERNEL(max_threads) void
 #define BHYT_KERNEL_WITHIN(max_threads, registers) void
 #define BHYT_KERNEL_SHARING(max_threads, blocks) void
@@ -107,8 +108,10 @@ struct Block {
   unsigned char* shared = nullptr;
   size_t shared_bytes = 0;
   int64_t x = 0;
-  int y = 0;
-  Barrier barriers[16];
+  int y = 0, rank = 0;  // of its cluster, whose blocks stand in a row
+  Barrier barriers[16], cluster_barrier;
+
+  Block& in_cluster(int other) { return *(this - rank + other); }
   std::vector<Barrier> warps;
   std::vector<uint64_t> lanes;  // what each thread holds out to its warp
 };
@@ -122,16 +125,26 @@ struct Thread {
   bool knows_cluster_runs = false, waited = false, done = false;
 };
 
+struct BulkLoad {
+  void* to;
+  const void* from;
+  uint32_t bytes;
+  const void* inbox;
+};
+
 enum class Order { ascending, descending, shuffled };
 
 struct Machine {
-  Order order = Order::ascending;
+  Order order = Order::ascending, block_order = Order::ascending;
+  int at_once = 1;  // clusters
+  int64_t most_shared = 48 << 10, asked_shared = 0, bulk_loaded = 0;
   bool has_float8 = true, has_bulk_prefetch = true, overlaps_last = false;
   int threads_x = 1, threads_y = 1, blocks_y = 1, cluster = 1;
   int64_t blocks_x = 1, launches = 0, products = 0, shuffles = 0, prefetched = 0;
-  std::vector<Block> blocks;  // of the cluster that runs
+  std::vector<int> counted;   // by block, the ones along y beside each other: how often it has added to a counter
+  std::vector<Block> blocks;  // of the clusters that run
   std::vector<Thread> threads;
-  Barrier cluster_barrier;
+  std::vector<BulkLoad> loads;  // on their way
   Thread* current = nullptr;
   Context scheduler;
   std::function<void()> body;
@@ -139,6 +152,13 @@ struct Machine {
   uint64_t random = 1;
 
   int block_threads() const { return threads_x * threads_y; }
+
+  void shuffle(std::vector<int>& numbers) {
+    for (size_t i = numbers.size(); i-- > 1;) {
+      random = random * 6364136223846793005u + 1442695040888963407u;
+      std::swap(numbers[i], numbers[(random >> 33) % (i + 1)]);
+    }
+  }
 };
 
 inline Machine& machine() {
@@ -170,7 +190,7 @@ inline void entry() {
   fail("a finished thread was resumed");
 }
 
-inline void run_cluster() {
+inline void run_clusters() {
   Machine& m = machine();
   constexpr size_t kStack = 20480 + 320;  // not a power of two: the stacks' tops fall into different cache sets
   if (m.stacks.size() < m.threads.size() * kStack) m.stacks.resize(m.threads.size() * kStack);
@@ -180,14 +200,11 @@ inline void run_cluster() {
   for (size_t i = 0; i < turns.size(); ++i) turns[i] = m.order == Order::descending ? turns.size() - 1 - i : i;
   bool everybody = false;
   for (size_t left = turns.size(), pass = 0; left > 0; ++pass) {
-    if (m.order == Order::shuffled)
-      for (size_t i = turns.size() - 1; i > 0; --i) {
-        m.random = m.random * 6364136223846793005u + 1442695040888963407u;
-        std::swap(turns[i], turns[(m.random >> 33) % (i + 1)]);
-      }
+    if (m.order == Order::shuffled) m.shuffle(turns);
     // Shuffled is unfair too: a quarter of the warps sleeps for 64 passes, while others run ahead as far as they can.
+    // They fall asleep at different times: in the middle of what they do between two barriers, too.
     const auto asleep = [&](int i) {
-      const uint32_t hash = (i / 32 + 1) * 2654435761u ^ uint32_t(pass / 64 + 1) * 2246822519u;
+      const uint32_t hash = (i / 32 + 1) * 2654435761u ^ uint32_t((pass + i / 32 * 11) / 64 + 1) * 2246822519u;
       return m.order == Order::shuffled && !everybody && (hash >> 13 & 3) == 0;
     };
     bool moved = false;
@@ -205,6 +222,7 @@ inline void run_cluster() {
     if (!moved && nobody_slept) fail("deadlock: some threads wait where others never come");
     everybody = !moved;
   }
+  if (!m.loads.empty()) fail("a bulk load that nobody waits for");
   for (const Block& block : m.blocks)
     for (int i = 0; i < 64; ++i)
       if (block.shared[block.shared_bytes + i] != 0xa5) fail("a write behind the end of shared memory");
@@ -220,36 +238,44 @@ cudaError_t run(const Grid& grid, std::function<void()> body) {
   ++m.launches;
   const int threads = m.block_threads();
   const bool legal = grid.blocks_x >= 1 && grid.blocks_x <= 0x7fffffff && grid.blocks_y >= 1 &&
-                     grid.blocks_y <= 65535 && threads >= 1 && threads <= 512 && grid.shared_bytes <= 48 << 10 &&
+                     grid.blocks_y <= 65535 && threads >= 1 && threads <= 512 && grid.shared_bytes <= m.most_shared &&
                      grid.cluster >= 1 && grid.cluster <= 16 && grid.blocks_y % grid.cluster == 0;
+  m.asked_shared = std::max<int64_t>(m.asked_shared, grid.shared_bytes);
   if (!legal) return cudaErrorInvalidConfiguration;
 
-  for (int64_t x = 0; x < m.blocks_x; ++x)
-    for (int y = 0; y < m.blocks_y; y += m.cluster) {
-      m.blocks.clear();
-      m.blocks.resize(m.cluster);
-      m.threads.assign(size_t(threads) * m.cluster, Thread());
-      m.cluster_barrier = {};
-      for (int c = 0; c < m.cluster; ++c) {
-        Block& block = m.blocks[c];
-        block.x = x, block.y = y + c;
-        block.shared_bytes = grid.shared_bytes;
-        block.memory = std::make_unique<unsigned char[]>(grid.shared_bytes + 128);
-        const auto memory = reinterpret_cast<uintptr_t>(block.memory.get());
-        block.shared = reinterpret_cast<unsigned char*>((memory + 15) & ~uintptr_t(15));
-        std::memset(block.shared, 0xff, grid.shared_bytes);
-        std::memset(block.shared + grid.shared_bytes, 0xa5, 64);
-        block.warps.resize((threads + 31) / 32);
-        block.lanes.resize(threads);
-        for (int i = 0; i < threads; ++i) {
-          Thread& thread = m.threads[size_t(c) * threads + i];
-          thread.block = &block;
-          thread.id = i;
-          thread.x = i % m.threads_x, thread.y = i / m.threads_x;
-        }
+  m.counted.assign(m.blocks_x * m.blocks_y, 0);
+  const int across = m.blocks_y / m.cluster;
+  std::vector<int> clusters(m.blocks_x * across);
+  for (size_t i = 0; i < clusters.size(); ++i)
+    clusters[i] = static_cast<int>(m.block_order == Order::descending ? clusters.size() - 1 - i : i);
+  if (m.block_order == Order::shuffled) m.shuffle(clusters);
+  for (size_t first = 0; first < clusters.size(); first += m.at_once) {
+    const size_t count = std::min<size_t>(m.at_once, clusters.size() - first) * m.cluster;
+    m.blocks.clear();
+    m.blocks.resize(count);
+    m.threads.assign(threads * count, Thread());
+    for (size_t b = 0; b < count; ++b) {
+      Block& block = m.blocks[b];
+      const int cluster = clusters[first + b / m.cluster];
+      block.rank = b % m.cluster;
+      block.x = cluster / across, block.y = cluster % across * m.cluster + block.rank;
+      block.shared_bytes = grid.shared_bytes;
+      block.memory = std::make_unique<unsigned char[]>(grid.shared_bytes + 128);
+      const auto memory = reinterpret_cast<uintptr_t>(block.memory.get());
+      block.shared = reinterpret_cast<unsigned char*>((memory + 15) & ~uintptr_t(15));
+      std::memset(block.shared, 0xff, grid.shared_bytes);
+      std::memset(block.shared + grid.shared_bytes, 0xa5, 64);
+      block.warps.resize((threads + 31) / 32);
+      block.lanes.resize(threads);
+      for (int i = 0; i < threads; ++i) {
+        Thread& thread = m.threads[b * threads + i];
+        thread.block = &block;
+        thread.id = i;
+        thread.x = i % m.threads_x, thread.y = i / m.threads_x;
       }
-      run_cluster();
     }
+    run_clusters();
+  }
   return cudaSuccess;
 }
 

@@ -17,7 +17,7 @@ from support.programs import built
 
 KERNELS, SOURCES = ROOT / "csrc" / "cuda", TESTS / "cpp"
 PROGRAMS = ("test_cuda_device", "test_cuda_ladder", "test_cuda_math", "test_cuda_forward", "test_cuda_quantized",
-            "test_cuda_backward")  # fmt: skip
+            "test_cuda_backward", "test_cuda_one_launch", "test_cuda_ring")  # fmt: skip
 
 
 @pytest.fixture(scope="module")

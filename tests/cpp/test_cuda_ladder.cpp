@@ -99,6 +99,7 @@ void persistent(const Ladder& l) {
   device.resident_clusters[3] = 16, device.resident_clusters[4] = 8;
   check(persistent_blocks(l, device) * l.parts <= 2 * 132, "persistent blocks fit");
   check(blocks_per_multiprocessor(l) * l.threads * l.groups <= 512, "persistent blocks' registers fit");
+  check(!l.fits_a_cluster() || l.threads * l.groups >= 256, "a persistent block has two teams for the sums at least");
 }
 
 // Every group has a row in the first turn, and no fewer turns would do; most blocks may have rows in the last one too.

@@ -84,14 +84,15 @@ def test_stages_in_order_of_worth(tmp_path: Path) -> None:
     assert sum(call.startswith("ncu") for call in calls) == 1
 
     (tmp_path / "calls").unlink()
-    files = {"WHEEL": "w.whl", "PEERS": "p.tar.xz", "VARIANTS": "before=a.whl now=b.whl"}
+    files = {"WHEEL": "w.whl", "PEERS": "p.tar.xz", "VARIANTS": "before=a.whl now=b.whl one=b.whl@one_launch"}
     status, stages, calls = run_gpu(tmp_path, "second", **files)
     assert status == 0 and [stage["stage"] for stage in stages] == SECOND
     at = next(i for i, call in enumerate(calls) if "tarfile -e" in call)
     site = Path(calls[at].split()[-1])
     assert calls[at + 1].endswith(f" in {site}:{site}/dsl/packages") and "--parts peers" in calls[at + 1]
     variants = next(call for call in calls if "bench_variants.py" in call)
-    assert re.search(r"--variant before=\S+/before --variant now=\S+/now ", variants)
+    assert re.search(r"--variant before=\S+/before --variant now=\S+/now --variant one=\S+/one@one_launch ", variants)
+    assert sum("zipfile -e" in call and "b.whl " in call for call in calls) == 2
     assert not site.exists() and tmp_path / "out" not in site.parents
     assert sum("compute-sanitizer" in call for call in calls) == 2
     assert len(list((tmp_path / "out").iterdir())) <= 8
@@ -140,12 +141,12 @@ def test_a_dry_run_goes_through_every_stage(tmp_path: Path) -> None:
     import bhyt
 
     package = Path(bhyt.__file__).parent
-    for name in ("before", "now"):
+    for name in ("before", "now", "one"):
         with zipfile.ZipFile(tmp_path / f"{name}.whl", "w") as wheel:
             for path in package.rglob("*"):
                 if path.suffix in (".py", ".so"):
                     wheel.write(path, path.relative_to(package.parent))
-    builds = " ".join(f"{name}={tmp_path / name}.whl" for name in ("before", "now"))
+    builds = " ".join(f"{name}={tmp_path / name}.whl" for name in ("before", "now", "one")) + "@one_launch"
     environment = {**os.environ, "DRY": "1", "OMP_NUM_THREADS": "1", "VARIANTS": builds, "PYTHON": sys.executable,
                    "WHEEL": str(tmp_path / "now.whl")}  # fmt: skip
     for call, names in (("first", FIRST), ("second", SECOND)):
@@ -161,7 +162,8 @@ def test_a_dry_run_goes_through_every_stage(tmp_path: Path) -> None:
     assert all(payload["environment"]["dry"] for payload in payloads.values())
     assert {r["part"] for r in payloads["cuda.json"]["results"]} >= {"goals", "large"}
     assert [p["goal"][:2] for p in payloads["experiments.json"]["predictions"]] == ["E1"] * 4 + ["E2", "E3"]
-    assert all(set(r["us"]) == {"before", "now"} for r in payloads["variants.json"]["results"])
+    assert all(set(r["us"]) == {"before", "now", "one"} for r in payloads["variants.json"]["results"])
+    assert payloads["variants.json"]["variants"]["one"] == "one_launch"
     assert len(payloads["variants.json"]["results"]) > 0
 
 

@@ -1,7 +1,12 @@
 """What only a GPU can show of the kernels, beside what test_cuda.py asks: edges of a graph that no kernel is before, a
 number that hardware alone converts, ten thousand repeats. Skipped without one."""
 
-from typing import List
+import hashlib
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Iterator, List
 
 import pytest
 import torch
@@ -113,3 +118,52 @@ def test_ten_thousand_repeats(d: int) -> None:
         for a, b in zip(first, backward(*call)):
             differs |= (bits(a) != bits(b)).any()
     assert not differs
+
+
+def of_two_streams(calls: List[List[Tensor]]) -> Iterator[Tensor]:
+    """What calls give that run at once, each on a stream of its own: eager ones, and graphs that one stream captured."""
+    streams, graphs, captured = [torch.cuda.Stream() for _ in calls], [], []
+    torch.cuda.synchronize()
+    for call in calls:
+        graphs.append(torch.cuda.CUDAGraph())
+        with torch.cuda.graph(graphs[-1], stream=streams[0]):
+            captured.append(backward(*call))
+    for _ in range(30):
+        eager = []
+        for stream, call, graph in zip(streams, calls, reversed(graphs)):
+            with torch.cuda.stream(stream):
+                eager.append(backward(*call))
+                graph.replay()
+        torch.cuda.synchronize()
+        for outputs in (*eager, *captured):
+            yield from outputs
+
+
+def print_digests() -> None:
+    """Of gradients of this process's variant of the backward: sizes alone, then two streams at once."""
+    print(torch.ops.bhyt.cuda_backward())
+    for rows, d in ((1, 64), (8192, 256), (2048, 4096), (8185, 4096), (700, 16384), (333, 40000), (512, 65536)):
+        call = inputs(rows, d)
+        for _ in range(20):
+            digest = hashlib.sha256(b"".join(bits(t).cpu().numpy().tobytes() for t in backward(*call)))
+        print(rows, d, digest.hexdigest())
+    digest = hashlib.sha256()
+    for t in of_two_streams([inputs(3000, 1024), inputs(500, 16384)]):
+        digest.update(bits(t).cpu().numpy().tobytes())
+    print("two streams", digest.hexdigest())
+
+
+@pytest.mark.parametrize("variant", ["one_launch", "ring"])
+def test_variants_of_the_backward(variant: str) -> None:
+    """The bits of the first: alone, and where eager calls and graphs of two streams run at once."""
+    folder = str(Path(__file__).parent)
+    code = f"import sys; sys.path.insert(0, {folder!r}); import test_gpu_only; test_gpu_only.print_digests()"
+
+    def printed(name: str) -> List[str]:
+        environment = {**os.environ, "BHYT_CUDA_BACKWARD": name}
+        done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        return done.stdout.splitlines()
+
+    first, other = printed("two_launches"), printed(variant)
+    assert (first[0], other[0]) == ("two_launches", variant) and first[1:] == other[1:] and len(first) == 9
