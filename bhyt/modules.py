@@ -31,9 +31,9 @@ class BHyT(Site):
 
     Args:
         hidden_size: d, the size of the last dimension: an integer, or a shape of one dimension.
-        lam: initial value of `lam`, the bound on the argument of tanh (arXiv 2601.09719 uses 2.0 for exact and 1.0
-            for approximate sites).
-        kappa: the argument stays within [-lam, lam] with probability of at least 1 - 1/kappa^2.
+        lam: initial value of `lam`, the argument of tanh at kappa root mean squares (arXiv 2601.09719 uses 2.0 for
+            exact and 1.0 for approximate sites).
+        kappa: at least 1 - 1/kappa^2 of a row's arguments lie within [-lam, lam].
         eps: added to the variance.
         learnable_lam: False makes `lam` a buffer: saved, never trained.
         elementwise_affine: False leaves out the gain `weight`.
@@ -180,9 +180,10 @@ class BHyTApprox(VarianceOffset, Site):
 
     Args:
         hidden_size: d, the size of the last dimension: an integer, or a shape of one dimension.
-        lam: initial value of `lam`, the bound on the argument of tanh (arXiv 2601.09719 uses 2.0 for exact and 1.0
-            for approximate sites).
-        kappa: the argument stays within [-lam, lam] with probability of at least 1 - 1/kappa^2.
+        lam: initial value of `lam`, the argument of tanh at kappa root mean squares (arXiv 2601.09719 uses 2.0 for
+            exact and 1.0 for approximate sites).
+        kappa: at least 1 - 1/kappa^2 of a row's arguments lie within [-lam, lam] where v' is at least the row's
+            variance.
         eps: added to the variance.
         learnable_lam: False makes `lam` a buffer: saved, never trained.
         elementwise_affine: False leaves out the gain `weight`.
