@@ -3,6 +3,7 @@
     python benchmarks/bench_cpu.py                    everything, into results/<device>/cpu.json
     python benchmarks/bench_cpu.py --tier avx2        the AVX2 kernels (of all providers), into cpu-avx2.json
     python benchmarks/bench_cpu.py --masks            what gradients left out save, into cpu-masks.json
+    python benchmarks/bench_cpu.py --given            outputs given, beside vLLM's kernels, into cpu-given.json
     python benchmarks/bench_cpu.py --quick --out /tmp/quick.json
 
 Cases
@@ -22,10 +23,10 @@ Providers
     inductor           torch.compile of the same formula, for each shape (dynamic shapes were slower)
     inductor_rms_norm  torch.compile of F.rms_norm (for add cases: with the addition)
     inductor_dyt       torch.compile of DyT, weight * tanh(alpha * x) + bias (not for add cases)
-    out                the `out` overloads of the ops, which allocate nothing: y in the memory of x and the sum in the
-                       residual's in add cases; for forwards alone
-    vllm               vLLM's kernels rms_norm and fused_add_rms_norm, which allocate nothing: where vLLM is
-                       installed, for forwards alone, without --tier
+    out                --given: the `out` overloads, which allocate nothing; in add cases y lies where x was, and the
+                       sum where the residual was
+    vllm               --given, where vLLM is installed, without --tier: its kernels rms_norm and fused_add_rms_norm,
+                       which do the same
     all_gradients      cases in brackets: bhyt's backward with every gradient
 """
 import argparse
@@ -43,9 +44,10 @@ from cpu_results import goals, header, line
 ROWS = (1, 64, 4096)
 DIMS = (256, 2048, 4096, 16384)
 PEERS = (
-    "copy", "layer_norm", "rms_norm", "eager", "inductor", "inductor_rms_norm", "inductor_dyt", "out", "vllm",
-    "all_gradients",
+    "copy", "layer_norm", "rms_norm", "eager", "inductor", "inductor_rms_norm", "inductor_dyt", "all_gradients",
+    "out", "vllm",
 )  # fmt: skip
+GIVEN = ["out", "vllm"]
 
 
 def measure(
@@ -127,7 +129,7 @@ def parse(arguments: Optional[Sequence[str]] = None) -> argparse.Namespace:
     parser.add_argument(
         "--ops", type=comma(str, CASES + MASKED), default=list(CASES), help="cases; default all without brackets"
     )
-    parser.add_argument("--peers", type=comma(str, PEERS), help="default all; with --masks all_gradients")
+    parser.add_argument("--peers", type=comma(str, PEERS), help="default all that the mode has")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument(
         "--tier", choices=("default", "avx2", "avx512"), help="instruction set of all providers"
@@ -137,6 +139,7 @@ def parse(arguments: Optional[Sequence[str]] = None) -> argparse.Namespace:
         "--quick", action="store_true", help="a look: 1 and 64 rows of 256 and 2048, 0.1 s each"
     )
     parser.add_argument("--masks", action="store_true", help="all cases in brackets, 64 and 2048 rows of 2048")
+    parser.add_argument("--given", action="store_true", help="the four forwards into given outputs")
     parser.add_argument("--device", help="name of the results folder; default: the CPU's")
     parser.add_argument("--out", help="write the JSON here instead")
     parser.add_argument("--compile-only", metavar="K/N", help=argparse.SUPPRESS)
@@ -144,7 +147,10 @@ def parse(arguments: Optional[Sequence[str]] = None) -> argparse.Namespace:
     if args.masks:
         args.ops, args.rows, args.dims = list(MASKED), args.rows or [64, 2048], args.dims or [2048]
     # What a mask saves is a pair of calls: other peers between the two would leave them different caches.
-    args.peers = args.peers or (["all_gradients"] if args.masks else list(PEERS))
+    own = ["all_gradients"] if args.masks else GIVEN if args.given else [p for p in PEERS if p not in GIVEN]
+    args.peers = args.peers or list(own)
+    if args.given:
+        args.ops = CASES[:4]
     args.rows = args.rows or ([1, 64] if args.quick else list(ROWS))
     args.dims = args.dims or ([256, 2048] if args.quick else list(DIMS))
     args.seconds = args.seconds or (0.1 if args.quick else 0.8)
@@ -175,8 +181,9 @@ def main() -> None:
     print("\n* beyond cache: moves more than half of the last-level cache; inputs and outputs rotate\n")
     print("\n".join(map(common.goal_line, items)))
     settings = {"seconds_per_problem": args.seconds, "wall_seconds": round(time.perf_counter() - started)}
-    payload = {"benchmark": "cpu", "environment": environment, "settings": settings, "goals": items}
-    name = "-".join(["cpu", *(["masks"] if args.masks else []), *([args.tier] if args.tier else [])])
+    kind = "cpu-given" if args.given else "cpu"
+    payload = {"benchmark": kind, "environment": environment, "settings": settings, "goals": items}
+    name = "-".join([kind, *(["masks"] if args.masks else []), *([args.tier] if args.tier else [])])
     path = common.write_json(name, payload | {"problems": records}, device=args.device, out=args.out)
     print(f"\nwritten to {path}")
 
