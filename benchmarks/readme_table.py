@@ -186,8 +186,8 @@ def model(result: Result) -> list[str]:
 
 
 RENDERERS: dict[str, Callable[[Result], list[str]]] = {
-    "cpu": cpu, "overhead": overhead, "compile": compiled, "model": model, "quantized": quantized, "serving": serving, "cpu-given": given,
-    "quantized-accuracy": quantized_accuracy, "quantized-profile": quantized_profile,
+    "cpu": cpu, "overhead": overhead, "compile": compiled, "model": model, "quantized": quantized, "serving": serving,
+    "cpu-given": given, "quantized-accuracy": quantized_accuracy, "quantized-profile": quantized_profile,
 }  # fmt: skip
 
 PARTS: dict[str, Callable[[Result], list[str]]] = {"goals": goals, "digest": digest}
