@@ -91,7 +91,7 @@ def test_report_names_a_variant_of_the_backward(monkeypatch: pytest.MonkeyPatch)
 
 
 @pytest.mark.parametrize("name", ["", "two_launches", "one_launch", "ring"])
-def test_variants_of_the_backward(name: str) -> None:
+def test_variants_of_the_backward(name: str, tmp_path: Path) -> None:
     """By name; no name is the first; an unknown one raises before anything is computed."""
     if not torch.ops.bhyt.build_info()["cuda_archs"]:
         pytest.skip("built without CUDA")
@@ -99,7 +99,8 @@ def test_variants_of_the_backward(name: str) -> None:
 
     def run(variant: str) -> "subprocess.CompletedProcess[str]":
         environment = {**os.environ, "BHYT_CUDA_BACKWARD": variant}
-        return subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+        command = [sys.executable, "-c", code]  # elsewhere: a checkout has no library
+        return subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
 
     assert run(name).stdout.strip() == (name or "two_launches")
     done = run(f"{name}s")

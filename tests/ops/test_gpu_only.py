@@ -121,7 +121,7 @@ def test_ten_thousand_repeats(d: int) -> None:
 
 
 def of_two_streams(calls: List[List[Tensor]]) -> Iterator[Tensor]:
-    """What calls give that run at once, each on a stream of its own: eager ones, and graphs that one stream captured."""
+    """What calls on several streams give that run at once: eager ones, and graphs that one stream captured."""
     streams, graphs, captured = [torch.cuda.Stream() for _ in calls], [], []
     torch.cuda.synchronize()
     for call in calls:
