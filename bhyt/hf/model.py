@@ -33,7 +33,7 @@ class BHyTModelMixin(nn.Module):
 
     Raises:
         TypeError: the config of a plain model.
-        RuntimeError: vLLM builds the model without bhyt's plugin.
+        RuntimeError: vLLM builds the model without bhyt's plugin, or SGLang builds it.
     """
 
     config_class: Any
